@@ -1,0 +1,31 @@
+"""The argument parser of every command: jsonargparse whose usage errors are one line, with the nearest setting named."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+
+class _Formatter(DefaultHelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text  # descriptions hold commands to paste: keep their lines
+
+
+class CommandParser(ArgumentParser):
+    """`CommandParser(prog="adapt convert", description=__doc__)`; exits with 2 and one line on a usage error."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, formatter_class=_Formatter, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = " ".join(str(message).split())
+        if unknown := re.search(r"(?:unrecognized arguments?:? |[Kk]ey \"?)(?:--)?([\w.]+)", line):
+            known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown.group(1), known, n=1)
+            line += f"; did you mean {near[0]}?" if near and near[0] != unknown.group(1) else ""
+        print(f"{self.prog}: error: {line} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)

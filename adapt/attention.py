@@ -1,0 +1,159 @@
+"""Who sees whom: one closed-form rule for causal, prefix and bidirectional attention, packed or not.
+
+Every token carries three numbers, its place in a `Layout`: the document that it belongs to, its position in that
+document, and its view. View 0 is causal context; views 1, 2, ... are canvases, bidirectional inside themselves, each
+hanging off the same context and blind to the others. So
+
+    causal         every token in view 0                       (the original model)
+    prefix         the prompt in view 0, the canvas in view 1  (K noisy canvases may share one prompt: views 1..K)
+    bidirectional  every token in view 1
+
+Padding is a document of its own, so that no row of the mask is empty (a softmax over nothing is NaN).
+Shapes: B rows, Q queries, L keys (Q < L when a KV cache holds the first L - Q).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+PADDING_DOCUMENT = 0  # document ids of real tokens start at 1
+_DENSE = ("eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Place of every token: document_ids, view_ids, position_ids, each [B, L] of integers."""
+
+    document_ids: Tensor
+    view_ids: Tensor
+    position_ids: Tensor
+
+    @staticmethod
+    def of(attention: str, padding_mask: Tensor, num_prompt_tokens: int = 0) -> Layout:
+        """Layout of unpacked rows: padding_mask [B, L] is 1 for tokens; the first `num_prompt_tokens` columns are prompt.
+
+        Positions count the tokens of each row, so that left padding shifts nothing.
+        """
+        real = padding_mask.long()
+        view_ids = torch.ones_like(real)
+        if attention != "bidirectional":
+            view_ids[:, :num_prompt_tokens] = 0
+        return Layout(real, view_ids, (real.cumsum(-1) - 1).clamp(min=0))
+
+    def last(self, num_queries: int) -> Layout:
+        """The layout of the last `num_queries` tokens: what is computed when a KV cache holds the rest."""
+        return Layout(*(x[:, -num_queries:] for x in (self.document_ids, self.view_ids, self.position_ids)))
+
+
+def mask_rule(
+    queries: Layout, keys: Layout, *, window: int | None = None, right_window: Tensor | int | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The rule as a function (b, h, q, k) -> bool, True where query q sees key k; FlexAttention's `mask_mod`.
+
+    window: sliding-window size of the layer, None = full. Causal context keeps transformers' causal convention (distance
+        < window); a canvas has its bidirectional one (distance <= window), so that a plain load of a bidirectional
+        checkpoint attends as we trained it.
+    right_window: how far a canvas sees to its right while attention is annealed from causal to bidirectional
+        (DiffuLLaMA, arXiv:2410.17891, opens future edges at random; a window does it in closed form). None = all.
+    """
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        ahead = keys.position_ids[b, k] - queries.position_ids[b, q]  # > 0: the key lies in the query's future
+        query_view, key_view = queries.view_ids[b, q], keys.view_ids[b, k]
+        in_canvas = key_view == query_view
+        if right_window is not None:
+            in_canvas = in_canvas & (ahead <= right_window)
+        seen = torch.where(key_view == 0, ahead <= 0, in_canvas)
+        if window is not None:
+            reach = torch.where(query_view == 0, window - 1, window)
+            seen = seen & (ahead.abs() <= reach)
+        return seen & (queries.document_ids[b, q] == keys.document_ids[b, k])
+
+    return rule
+
+
+def attention_mask(
+    config: PretrainedConfig,
+    keys: Layout,
+    *,
+    num_queries: int | None = None,
+    right_window: Tensor | int | None = None,
+    dtype: torch.dtype = torch.float32,
+):
+    """What to pass as a transformers model's `attention_mask`, in the form that its kernel takes.
+
+    A [B, 1, Q, L] mask (boolean for SDPA, additive in `dtype` for eager), a BlockMask for FlexAttention, or a dict of
+    them by layer type where the model mixes full and sliding layers. num_queries: only the last Q tokens are computed,
+    the others are in the KV cache. Raises ValueError for kernels that take no such mask (flash attention does not).
+    """
+    num_queries = num_queries or keys.position_ids.shape[1]
+    queries = keys.last(num_queries)
+    kernel = config._attn_implementation
+
+    def build(window: int | None):
+        rule = mask_rule(queries, keys, window=window, right_window=right_window)
+        if kernel == "flex_attention":
+            return _block_mask(rule, keys, num_queries)
+        if kernel not in _DENSE:
+            raise ValueError(
+                f"model.attn_implementation={kernel}: this attention pattern needs an explicit mask, which that kernel "
+                "does not take; use flex_attention or sdpa"
+            )
+        return _dense_mask(rule, keys, num_queries, None if kernel == "sdpa" else dtype)
+
+    windows = layer_windows(config)
+    if isinstance(windows, dict):
+        return {layer_type: build(window) for layer_type, window in windows.items()}
+    return build(windows)
+
+
+def layer_windows(config: PretrainedConfig) -> dict[str, int | None] | int | None:
+    """The sliding window (tokens; None = full attention) of each layer type, or of all layers where there is one kind.
+
+    Raises ValueError for layers whose attention no mask can make bidirectional (recurrent, linear, convolution, chunked).
+    """
+    layer_types: list[str] = getattr(config, "layer_types", None) or []
+    foreign = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
+    if foreign:
+        layers = [i for i, kind in enumerate(layer_types) if kind in foreign]
+        raise ValueError(
+            f"base={config.model_type}: layers {layers} are {', '.join(foreign)}, which read left to right whatever the "
+            "mask says; choose a model whose layers are all full or sliding attention"
+        )
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in layer_types:
+        if window is None:
+            raise ValueError(f"base={config.model_type}: config.layer_types has sliding_attention but no sliding_window")
+        return {kind: (window if kind == "sliding_attention" else None) for kind in sorted(set(layer_types))}
+    return None if layer_types else window  # Mistral has no layer_types: a window there is on every layer
+
+
+def _indices(batch: int, num_queries: int, num_keys: int, device: torch.device) -> tuple[Tensor, ...]:
+    def arange(n: int, dim: int) -> Tensor:
+        shape = [1, 1, 1, 1]
+        shape[dim] = n
+        return torch.arange(n, device=device).view(shape)
+
+    return arange(batch, 0), arange(1, 1), arange(num_queries, 2), arange(num_keys, 3)
+
+
+def _dense_mask(rule: Callable, keys: Layout, num_queries: int, additive: torch.dtype | None) -> Tensor:
+    batch, num_keys = keys.position_ids.shape
+    seen = rule(*_indices(batch, num_queries, num_keys, keys.position_ids.device))
+    if additive is None:
+        return seen
+    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill_(~seen, torch.finfo(additive).min)
+
+
+def _block_mask(rule: Callable, keys: Layout, num_queries: int):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, num_keys = keys.position_ids.shape
+    return create_block_mask(
+        rule, B=batch, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=str(keys.position_ids.device)
+    )

@@ -1,0 +1,166 @@
+"""The `adapt` command: finds the verb's module, runs it, turns the user's mistakes into one line.
+
+    adapt convert HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2 --attention prefix
+    adapt generate out/smollm2 --prompt "The capital of France is" --show
+
+Nothing heavy is imported before a verb is known: `adapt --help` answers at once.
+"""
+
+import difflib
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    target: str  # "module:function"; the function takes argv (without the verb) and returns an exit code or None
+    summary: str
+
+
+VERBS: dict[str, Verb] = {
+    "convert": Verb("adapt.conversion:main", "a causal LM (Hub id, folder or GGUF file) into a diffusion checkpoint"),
+    "train": Verb("adapt.trainer:main", "train a recipe in one process (on N GPUs: deepspeed recipes/train.py ...)"),
+    "generate": Verb("adapt.generate:main", "write text, or fill blanks, by refining"),
+    "compare": Verb("adapt_eval.compare:main", "quality and speed against the original, with intervals"),
+    "lm_eval": Verb("adapt_eval.lm:main", "lm-eval's own command line, with `--model adapt`"),
+    "quickstart": Verb("adapt.quickstart:main", "the whole path on a small model, on a laptop CPU"),
+}
+
+_EXAMPLES = """\
+examples:
+  adapt quickstart
+  adapt convert HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2 --attention prefix
+  adapt generate out/smollm2 --prompt "The capital of France is" --show
+  adapt compare --base HuggingFaceTB/SmolLM2-135M-Instruct --adapted out/smollm2 --tasks gsm8k --out out/report
+  adapt VERB --help        the verb's options and examples
+  adapt VERB ... --debug   the whole traceback instead of one line"""
+
+# Which extra brings a module that a verb may miss; tests/test_cli.py holds this against pyproject.toml.
+_EXTRA_OF_MODULE = {
+    "accelerate": "train",
+    "bitsandbytes": "quant",
+    "datasets": "train",
+    "deepspeed": "train",
+    "gguf": "train",
+    "jinja2": "report",
+    "lm_eval": "eval",
+    "matplotlib": "report",
+    "ninja": "train",
+    "peft": "train",
+    "scipy": "eval",
+    "tensorboard": "track",
+    "trackio": "track",
+    "wandb": "track",
+}
+
+# What libraries raise for a user's file and derive from neither ValueError nor OSError; by name, so that neither is
+# imported here.
+_USER_ERROR_NAMES = {"SafetensorError", "YAMLError"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 after a one-line error, 2 for wrong usage, 130 when interrupted.
+
+    With `--debug` anywhere among the arguments an error is raised, not summed up.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        return _quiet_when_closed(lambda: print(_help()))
+    if args[0] == "--version":
+        return _quiet_when_closed(lambda: print(_version()))
+    verb, *rest = args
+    if verb not in VERBS:
+        return _complain("adapt", _unknown(verb), code=2)
+
+    _put_own_scripts_on_path()
+    try:
+        return _quiet_when_closed(lambda: _function_of(verb)(rest))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return _complain(f"adapt {verb}", "interrupted", code=130)
+    except Exception as error:
+        line = _one_line(error)
+        if debug or line is None:
+            raise
+        return _complain(f"adapt {verb}", line, code=1)
+
+
+def _function_of(verb: str) -> Callable[[list[str]], int | None]:
+    module, _, function = VERBS[verb].target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _quiet_when_closed(job: Callable[[], int | None]) -> int:
+    """The job's exit code; 141 (128 + SIGPIPE) without a word when the reader of our output has gone (`| head`)."""
+    try:
+        code = job() or 0
+        sys.stdout.flush()  # a closed pipe must show here, not in the interpreter's own flush at exit
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user in one line, or None when only we can mend it and the traceback is the message."""
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
+        if extra is None:
+            return None
+        return f"needs {error.name}, which is not installed; run: pip install 'adapt-dlm[{extra}]'"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError)) or any(c.__name__ in _USER_ERROR_NAMES for c in type(error).__mro__):
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _complain(who: str, what: str, *, code: int) -> int:
+    print(f"{who}: error: {what}", file=sys.stderr)
+    return code
+
+
+def _unknown(verb: str) -> str:
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"unknown verb '{verb}': {hint}allowed: {', '.join(sorted(VERBS))}"
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    intro = "Turn a pretrained causal language model into a diffusion language model, and measure it."
+    return f"usage: adapt VERB [options]\n\n{intro}\n\nverbs:\n{verbs}\n\n{_EXAMPLES}"
+
+
+def _version() -> str:
+    def of(distribution: str) -> str:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    others = ", ".join(f"{name} {of(name)}" for name in ("torch", "transformers", "deepspeed"))
+    return f"adapt {of('adapt-dlm')} (Python {platform.python_version()}, {others})"
+
+
+def _put_own_scripts_on_path() -> None:
+    """Makes `deepspeed` and `ninja` of this environment findable when `.venv/bin/adapt` is run without activating it.
+
+    torch compiles DeepSpeed's CPU ops with the `ninja` that it finds on PATH, and nothing else.
+    """
+    scripts = os.path.dirname(sys.executable)
+    path = os.environ.get("PATH", "")
+    if scripts not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (scripts, path)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

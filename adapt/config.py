@@ -1,0 +1,221 @@
+"""A recipe: YAML plus dotted overrides, as frozen dataclasses. The class that owns a field validates it.
+
+    adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4 --data.train my.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .noise import SCHEDULES
+
+
+def _one_of(setting: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{setting}={value}: choose one of {', '.join(sorted(allowed))}")
+
+
+def _at_least(setting: str, value: float | None, minimum: float) -> None:
+    if value is not None and value < minimum:
+        raise ValueError(f"{setting}={value}: must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters instead of full fine-tuning; the mask token's embedding row is trained besides."""
+
+    r: int = 16
+    """rank"""
+    alpha: int = 32
+    """scale; the update is alpha / r"""
+    dropout: float = 0.0
+    """probability"""
+    target_modules: str | list[str] = "all-linear"
+    """names of the adapted layers, as peft takes them"""
+
+    def __post_init__(self) -> None:
+        _at_least("model.lora.r", self.r, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    base: str
+    """Hub id, folder, or .gguf file; a diffusion checkpoint is trained on as it is, a causal LM is converted first"""
+    attention: str = "prefix"
+    """bidirectional or prefix; how to convert `base` (a diffusion checkpoint has its own)"""
+    shift_logits: bool = False
+    """hidden state i predicts token i+1, as the AR head was trained to; used at conversion"""
+    mask_token: str | None = None
+    """default: a reserved unused special token, else a new <|mask|>; used at conversion"""
+    attn_implementation: str = "sdpa"
+    """eager, flex_attention or sdpa"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a quarter slower"""
+    torch_compile: bool = False
+    """compile the model; worth it where rows have a fixed length"""
+    lora: LoraConfig | None = None
+    """None = full fine-tuning"""
+
+    def __post_init__(self) -> None:
+        _one_of("model.attn_implementation", self.attn_implementation, ("eager", "flex_attention", "sdpa"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | list[str]
+    """json, jsonl (also .gz), parquet or txt files, or a Hub dataset id; rows of text, prompt/completion or messages"""
+    split: str = "train"
+    """which split of a Hub dataset"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """ours: theirs, such as {prompt: question, completion: answer}"""
+    seq_len: int = 512
+    """tokens in a packed row, the unit of a batch"""
+    canvas_length: int | None = None
+    """tokens; a completion is followed by end-of-text up to a random length of at most this, so that a canvas of any length
+    up to it can be decoded. None = one end-of-text"""
+    too_long: str = "error"
+    """what to do with an example that does not fit into seq_len: drop or error. Plain text is cut into pieces instead"""
+    num_workers: int = 0
+    """processes that tokenise and draw noise; 0 = the training process itself"""
+
+    def __post_init__(self) -> None:
+        _one_of("data.too_long", self.too_long, ("drop", "error"))
+        _at_least("data.seq_len", self.seq_len, 8)
+        _at_least("data.canvas_length", self.canvas_length, 1)
+        _at_least("data.num_workers", self.num_workers, 0)
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    schedule: str = "linear"
+    """alpha_t = 1 - t (linear) or cos(pi/2 t) (cosine)"""
+    t_min: float = 1e-3
+    """smallest time drawn; bounds elbo_weight"""
+
+    def __post_init__(self) -> None:
+        _one_of("noise.schedule", self.schedule, SCHEDULES)
+        if not 0 < self.t_min < 1:
+            raise ValueError(f"noise.t_min={self.t_min}: must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = "nelbo"
+    """nelbo (masked diffusion) or ar (next token: the control arm)"""
+    weight: str = "elbo"
+    """elbo: each noised token weighs -alpha'/(1-alpha), an upper bound on NLL; uniform: all weigh alike, less variance"""
+    views: int = 1
+    """noisy canvases of each example and step; with prefix attention they share one clean prompt"""
+    complementary: bool = False
+    """views come in pairs that together noise every token exactly once (Fast-dLLM v2, LLaDA2)"""
+    anneal_steps: int = 0
+    """steps over which the right window of the canvas opens from causal to bidirectional; 0 = bidirectional at once"""
+
+    def __post_init__(self) -> None:
+        _one_of("objective.name", self.name, ("ar", "nelbo"))
+        _one_of("objective.weight", self.weight, ("elbo", "uniform"))
+        _at_least("objective.views", self.views, 1)
+        _at_least("objective.anneal_steps", self.anneal_steps, 0)
+        if self.complementary and self.views % 2:
+            raise ValueError(f"objective.views={self.views}: complementary views come in pairs; use an even number")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    output_dir: str
+    """holds config.yaml, metrics.jsonl, checkpoints/ and, at the end, model/"""
+    num_steps: int | None = None
+    """optimizer steps; None = what num_epochs needs"""
+    num_epochs: float | None = None
+    """passes over the data; give this or num_steps"""
+    global_batch_size: int = 8
+    """packed rows in an optimizer step, over all ranks and accumulation"""
+    micro_batch_size: int = 8
+    """packed rows in one forward of one rank; accumulation follows from the world size"""
+    learning_rate: float = 1e-4
+    """peak"""
+    lr_scheduler: str = "cosine"
+    """a name that transformers knows: constant_with_warmup, cosine, linear, warmup_stable_decay ..."""
+    lr_scheduler_options: dict[str, float] = field(default_factory=dict)
+    """arguments of that schedule, such as {min_lr_rate: 0.1} for cosine_with_min_lr"""
+    warmup_steps: int = 0
+    """steps"""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    """clip; 0 = never"""
+    adam_beta2: float = 0.999
+    optimizer: str = "adamw_torch_fused"
+    """a name that transformers knows, such as adamw_torch_fused or adamw_8bit"""
+    precision: str = "bf16"
+    """bf16 or fp32; under DeepSpeed bf16 keeps fp32 master weights, without it bf16 is autocast"""
+    seed: int = 0
+    """keys the data order and the noise"""
+    logging_steps: int = 1
+    """steps"""
+    save_steps: int = 0
+    """steps between checkpoints; 0 = at the end only"""
+    keep_checkpoints: int = 2
+    """older ones are deleted"""
+    resume: bool = True
+    """continue from the newest complete checkpoint in output_dir, if there is one"""
+    report_to: list[str] = field(default_factory=list)
+    """any of tensorboard, trackio, wandb; metrics.jsonl is written always"""
+    deepspeed: str | None = None
+    """a JSON file, or the name of one that ships: zero0, zero1, zero2, zero3, zero2_offload, zero3_offload. None = plain"""
+
+    def __post_init__(self) -> None:
+        _one_of("training.precision", self.precision, ("bf16", "fp32"))
+        for tracker in self.report_to:
+            _one_of("training.report_to", tracker, ("tensorboard", "trackio", "wandb"))
+        for name in ("global_batch_size", "micro_batch_size", "logging_steps", "keep_checkpoints"):
+            _at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("save_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+            _at_least(f"training.{name}", getattr(self, name), 0)
+        if self.learning_rate <= 0:
+            raise ValueError(f"training.learning_rate={self.learning_rate}: must be above 0")
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"training.num_steps={self.num_steps} and training.num_epochs={self.num_epochs}: give exactly one of them"
+            )
+        _at_least("training.num_steps", self.num_steps, 1)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of one rank in an optimizer step; ValueError if the sizes do not divide."""
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size % per_pass:
+            raise ValueError(
+                f"training.global_batch_size={self.global_batch_size}: must be a multiple of training.micro_batch_size="
+                f"{self.micro_batch_size} x {world_size} ranks = {per_pass}; try {-(-self.global_batch_size // per_pass) * per_pass}"
+            )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Field docs hold units and defaults."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved recipe, which loads again as a recipe."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
+    """The recipe of a command line: `--config FILE` and dotted overrides. Exits with 2 on unknown keys and wrong types."""
+    from .arguments import CommandParser
+
+    parser = CommandParser(prog="adapt train", description=description)
+    parser.add_argument("--config", action="config", help="a recipe; later arguments override it")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_class_arguments(Recipe, as_group=False)
+    namespace = parser.parse_args(argv)
+    config = parser.instantiate(namespace)
+    return Recipe(config.model, config.data, config.training, config.noise, config.objective)

@@ -1,0 +1,170 @@
+"""Converts a causal language model into a diffusion checkpoint: same weights, a mask token, another attention pattern.
+
+    adapt convert HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2 --attention prefix
+    adapt convert ./my-llama out/my-dlm                        # a local folder, bidirectional
+    adapt convert model.Q4_1.gguf out/from-gguf --shift_logits true
+
+Weights are copied tensor by tensor; only the mask token's row of the embedding (and of an untied head) is written anew. The
+result is probed with its weights loaded, and appears under OUT only when all of it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from . import weights
+from .arguments import CommandParser
+from .attention import layer_windows
+from .checkpoint import DiffusionSpec, check_model_folder, load
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MASK_TOKEN = "<|mask|>"
+RESERVED = re.compile(r"^(<\|?reserved_special_token_\d+\|?>|<\|?(unused|extra)_?\d+\|?>|\[unused\d+\]|<\|?reserved_?\d+\|?>)$")
+_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+
+def convert(
+    base: str | Path,
+    out: str | Path,
+    *,
+    attention: str = "bidirectional",
+    block_size: int | None = None,
+    mask_token: str | None = None,
+    shift_logits: bool = False,
+    attn_implementation: str | None = None,
+    verify: bool = True,
+) -> Path:
+    """Writes a diffusion checkpoint of `base` (Hub id, folder or .gguf file) to the new folder `out`; returns its path.
+
+    mask_token: default is the tokenizer's own, else a reserved unused special token, else a new `<|mask|>` whose embedding
+    row is the mean of all rows. shift_logits: train and decode with hidden state i predicting token i+1.
+    Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"out={out}: exists already; choose a new folder or remove it (nothing was overwritten)")
+    if block_size is not None and attention != "block":
+        raise ValueError(f"block_size={block_size}: belongs to attention=block, but attention={attention}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        source, revision = _fetch(base, Path(scratch))
+        config = AutoConfig.from_pretrained(source)
+        _check_base(config, base)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        mask_token_id, num_rows = _add_mask_token(tokenizer, weights.num_embeddings(source, config), mask_token)
+        spec = DiffusionSpec(
+            attention=attention,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            shift_logits=shift_logits,
+            base_model=str(base),
+            base_revision=revision,
+        )
+        staged = Path(scratch) / "checkpoint"
+        _write(source, staged, config, tokenizer, spec, num_rows)
+        if verify:
+            load(staged, device="cpu", attn_implementation=attn_implementation)
+        staged.rename(out)
+    return out
+
+
+def _fetch(base: str | Path, scratch: Path) -> tuple[Path, str | None]:
+    """(local folder with config, safetensors and tokenizer; the Hub revision if it came from there)."""
+    if str(base).endswith(".gguf"):
+        from .gguf_source import gguf_to_folder
+
+        return gguf_to_folder(base, scratch / "dequantized", dtype=torch.float32), None
+    check_model_folder(base)
+    if Path(base).is_dir():
+        return Path(base), None
+    try:
+        snapshot = Path(snapshot_download(str(base), allow_patterns=list(_KEEP)))
+    except Exception as error:  # huggingface_hub raises a dozen unrelated types; each means that there is no such model to be had
+        raise ValueError(f"base={base}: neither a folder nor a model that the Hub gives us ({type(error).__name__})") from error
+    return snapshot, snapshot.name
+
+
+def _check_base(config: PretrainedConfig, base: str | Path) -> None:
+    if getattr(config, "diffusion", None) is not None:
+        raise ValueError(f"base={base}: is a diffusion checkpoint already; train it with `model.base: {base}`")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted")
+    layer_windows(config)
+
+
+def _add_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, mask_token: str | None) -> tuple[int, int]:
+    """(id of the mask token, rows that the embedding needs), having put the token into the tokenizer."""
+    vocabulary = tokenizer.get_vocab()
+    if mask_token is None:
+        reserved = sorted((t for t in tokenizer.get_added_vocab() if RESERVED.match(t)), key=vocabulary.__getitem__)
+        mask_token = tokenizer.mask_token or (reserved[-1] if reserved else DEFAULT_MASK_TOKEN)
+    tokenizer.add_special_tokens({"mask_token": mask_token})
+    mask_token_id = tokenizer.mask_token_id
+    if tokenizer.encode(mask_token, add_special_tokens=False) != [mask_token_id]:
+        raise ValueError(f"mask_token={mask_token}: the tokenizer splits or changes it; choose another string, like {DEFAULT_MASK_TOKEN}")
+    if mask_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        raise ValueError(f"mask_token={mask_token}: is the tokenizer's end, start or padding token; choose an unused one")
+    if tokenizer.encode("a b c 1 2 3", add_special_tokens=False).count(mask_token_id):
+        raise ValueError(f"mask_token={mask_token}: occurs in plain text; choose an unused special token")
+    return mask_token_id, max(num_rows, mask_token_id + 1)
+
+
+def _write(
+    source: Path, out: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, num_rows: int
+) -> None:
+    out.mkdir()
+    embeddings = weights.embedding_names(source, config)
+
+    def with_mask_row(rows: Tensor) -> Tensor:
+        """Embedding or head rows [V, ...] grown to num_rows, the mask token's (and any new) row at the mean of the others."""
+        mean = rows.float().mean(0).to(rows.dtype)
+        grown = torch.cat([rows, mean.expand(num_rows - len(rows), *rows.shape[1:])])
+        grown[spec.mask_token_id] = mean
+        return grown
+
+    weights.copy(source, out, {name: with_mask_row for name in embeddings})
+    config.vocab_size = num_rows
+    spec.write_to(config)
+    config.save_pretrained(out)
+    _restore_unwritten_keys(source, out)
+    tokenizer.save_pretrained(out)
+    for extra in ("generation_config.json", "LICENSE", "LICENSE.txt"):
+        if (source / extra).is_file():
+            shutil.copyfile(source / extra, out / extra)
+
+
+def _restore_unwritten_keys(source: Path, out: Path) -> None:
+    """Keeps keys of the base's config.json that this transformers version does not know, instead of losing them."""
+    written, original = (json.loads((folder / "config.json").read_text()) for folder in (out, source))
+    known = {"torch_dtype", "rope_theta", "rope_scaling", *written}
+    missing = {key: value for key, value in original.items() if key not in known}
+    if missing:
+        (out / "config.json").write_text(json.dumps({**written, **missing}, indent=2) + "\n")
+
+
+def main(argv: list[str]) -> None:
+    """The `adapt convert` command."""
+    parser = CommandParser(prog="adapt convert", description=__doc__)
+    parser.add_argument("base", type=str, metavar="BASE", help="Hub id, folder, or .gguf file")
+    parser.add_argument("out", type=str, metavar="OUT", help="new folder")
+    parser.add_argument("--attention", type=str, default="bidirectional", help="bidirectional or prefix")
+    parser.add_argument("--block_size", type=int | None, default=None, help="tokens; only for attention=block")
+    parser.add_argument("--mask_token", type=str | None, default=None, help="default: reserved token, else a new <|mask|>")
+    parser.add_argument("--shift_logits", type=bool, default=False, help="hidden state i predicts token i+1")
+    parser.add_argument("--attn_implementation", type=str | None, default=None, help="kernel that the probe runs with")
+    out = convert(**vars(parser.parse_args(argv)))
+    spec = json.loads((out / "config.json").read_text())["diffusion"]
+    print(f"{out}: {spec['attention']} attention, mask token {spec['mask_token_id']}; probed on the loaded weights", file=sys.stderr)
+

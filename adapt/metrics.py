@@ -1,0 +1,80 @@
+"""What a run reports: sums kept on the device, reduced over ranks when logged, one JSON line a log step."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import TrainerCallback
+
+_SUMS = ("nelbo_sum", "noised_nll_sum", "num_noised", "num_maskable")
+
+
+class RunningMetrics:
+    """Sums since the last log, on the device: adding costs no host sync."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self.num_tokens, self.tokens_seen, self.since = 0, 0, time.perf_counter()
+
+    def add(self, metrics: dict[str, Tensor], num_tokens: int) -> None:
+        self.sums += torch.stack([metrics[name].double() for name in _SUMS])
+        self.num_tokens += num_tokens
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Metrics over all ranks since the last call, and their tokens/s (positions computed, padding included)."""
+        elapsed = time.perf_counter() - self.since
+        here = torch.cat([self.sums, torch.tensor([self.num_tokens], dtype=torch.float64, device=self.sums.device)])
+        total = accelerator.reduce(here, reduction="sum").tolist()
+        nelbo_sum, noised_nll_sum, num_noised, num_maskable, num_tokens = total
+        self.tokens_seen += int(num_tokens)
+        self.sums.zero_()
+        self.num_tokens, self.since = 0, time.perf_counter()
+        return {
+            "nelbo": nelbo_sum / max(num_maskable, 1),
+            "noised_nll": noised_nll_sum / max(num_noised, 1),
+            "mask_ratio": num_noised / max(num_maskable, 1),
+            "tokens_seen": self.tokens_seen,
+            "tokens_per_s": num_tokens / elapsed,
+            "peak_memory_gb": _peak_memory_bytes() / 1e9,
+        }
+
+
+class MetricsFile(TrainerCallback):
+    """Writes metrics.jsonl, one line a log step; on resume, lines of steps that are run again are dropped first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() and state.global_step else []
+        kept = [line for line in lines if _step(line) is not None and _step(line) <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def _step(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a kill may have cut the last line short
+        return None
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

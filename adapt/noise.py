@@ -1,0 +1,66 @@
+"""Forward process: clean tokens x0 -> noised tokens xt at time t in (0, 1], where 1 is all noise.
+
+Absorbing noise (MDLM, arXiv:2406.07524): each token that may be noised is replaced by the mask token independently with
+probability mask_ratio = 1 - alpha_t. The training weight of a noised token is elbo_weight = -alpha_prime / (1 - alpha_t).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("cosine", "linear")
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+def alpha(t: Tensor, schedule: str = "linear") -> Tensor:
+    """P(token kept) at time t, same shape: 1 - t (linear) or cos(pi/2 t) (cosine). alpha(0) = 1, alpha(1) = 0."""
+    return torch.cos(math.pi / 2 * t) if schedule == "cosine" else 1 - t
+
+
+def alpha_prime(t: Tensor, schedule: str = "linear") -> Tensor:
+    """d alpha / d t, same shape."""
+    return -math.pi / 2 * torch.sin(math.pi / 2 * t) if schedule == "cosine" else -torch.ones_like(t)
+
+
+def elbo_weight(t: Tensor, schedule: str = "linear") -> Tensor:
+    """-alpha_prime / (1 - alpha_t), same shape: 1/t for the linear schedule. MDLM, arXiv:2406.07524, eq. 10."""
+    return -alpha_prime(t, schedule) / (1 - alpha(t, schedule))
+
+
+def sample_t(ordinals: Tensor, *, offset: float = 0.0, t_min: float = 1e-3) -> Tensor:
+    """Stratified times in [t_min, 1], one for each ordinal (its place in the order of the run), same shape.
+
+    The golden-ratio sequence t_j = frac(offset + j / phi): any n consecutive ordinals fall about one in each n-th of the
+    interval, whatever the world size, the accumulation split or the step that a run resumes from. Independent draws would
+    give the loss several times the variance.
+    """
+    return t_min + (1 - t_min) * torch.frac(offset + ordinals.double() * GOLDEN_RATIO).float()
+
+
+def q_sample(
+    x0: Tensor,
+    t: Tensor,
+    loss_mask: Tensor,
+    *,
+    mask_token_id: int,
+    schedule: str = "linear",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(xt, is_noised), both the shape of x0: absorbing noise at time t (broadcast against x0) where loss_mask is True."""
+    mask_ratio = 1 - alpha(t, schedule)
+    is_noised = (torch.rand(x0.shape, generator=generator, device=x0.device) < mask_ratio) & loss_mask
+    return torch.where(is_noised, mask_token_id, x0), is_noised
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator keyed by integers (seed, example, epoch, view): the same key gives the same noise everywhere."""
+    state = 0x9E3779B97F4A7C15
+    for part in key:  # splitmix64: neighbouring keys give unrelated seeds
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state & 0x7FFFFFFFFFFFFFFF)

@@ -1,0 +1,83 @@
+"""The order of a run: which examples stand in packed row k, a pure function of (seed, k).
+
+So a run is one long list of rows. Resuming at row k, splitting the global batch over ranks or accumulation steps, and loading
+with any number of workers all read the same list.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+import numpy as np
+
+BUFFER = 2048  # examples packed at a time: enough to fill rows to 99 %, few enough to keep the order shuffled
+
+
+class Place(NamedTuple):
+    """Where an example stands: its index in the data, its epoch, and its ordinal in the order of the run."""
+
+    example: int
+    epoch: int
+    ordinal: int
+
+
+class Packing:
+    """Rows of at most `seq_len` tokens, filled with whole examples best-fit first, epoch after epoch.
+
+    sizes: tokens of each example in a row, [E]. Raises ValueError if an example is larger than a row.
+    """
+
+    def __init__(self, sizes: np.ndarray, seq_len: int, seed: int) -> None:
+        if sizes.max(initial=0) > seq_len:
+            raise ValueError(
+                f"data.seq_len={seq_len}: an example takes {int(sizes.max())} tokens with all its views; "
+                "raise data.seq_len, or lower objective.views or data.canvas_length"
+            )
+        self.sizes, self.seq_len, self.seed = sizes, seq_len, seed
+        self._rows: list[list[Place]] = []
+        self._num_epochs = 0
+
+    def row(self, k: int) -> list[Place]:
+        """The places of row k."""
+        while k >= len(self._rows):
+            self._append_epoch()
+        return self._rows[k]
+
+    def num_rows(self, num_epochs: float) -> int:
+        """Rows in that many passes over the data."""
+        while self._num_epochs < num_epochs:
+            self._append_epoch()
+        done = sum(1 for row in self._rows if row[0].epoch < int(num_epochs))
+        return done + int((len(self._rows) - done) * (num_epochs - int(num_epochs)))
+
+    def _append_epoch(self) -> None:
+        epoch, num_examples = self._num_epochs, len(self.sizes)
+        order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_examples)
+        for start in range(0, num_examples, BUFFER):
+            buffer = order[start : start + BUFFER]
+            rows = _best_fit(buffer, self.sizes[buffer], self.seq_len)
+            first = {int(example): epoch * num_examples + start + i for i, example in enumerate(buffer)}
+            self._rows += [[Place(example, epoch, first[example]) for example in row] for row in rows]
+        self._num_epochs += 1
+
+
+def _best_fit(examples: np.ndarray, sizes: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Rows of example indices: each example, largest first, into the fullest row that still has room for it.
+
+    The rows come back in the order of their first-drawn example, so that a packed epoch is as shuffled as its order.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for i in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[i])
+        at = bisect.bisect_left(rooms, (size, -1))
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+        else:
+            room, row = seq_len, len(rows)
+            rows.append([])
+        rows[row].append(int(i))
+        bisect.insort(rooms, (room - size, row))
+    rows.sort(key=min)
+    return [[int(examples[i]) for i in sorted(row)] for row in rows]

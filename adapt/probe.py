@@ -1,0 +1,108 @@
+"""Proof by experiment that a loaded model attends as promised: edit one token, see which logits move.
+
+A name on a list proves nothing: StableLM and Nemotron ignore `config.is_causal = False` under SDPA and stay silently causal
+(transformers 5.23). So every converted and every loaded model is probed with the kernel and dtype that it will run with.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import PADDING_DOCUMENT, Layout, layer_windows, mask_rule
+from .model import hidden_states, output_head
+
+logger = logging.getLogger(__name__)
+
+_DOCUMENTS = [1] * 9 + [2] * 5 + [PADDING_DOCUMENT] * 2
+_POSITIONS = [*range(9), *range(5), 0, 1]
+_PREFIX_VIEWS = [0] * 4 + [1] * 5 + [0] * 2 + [1] * 3 + [0] * 2
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, attention: str) -> bool:
+    """Raises ValueError unless the model attends as `attention` ("bidirectional", "prefix" or "causal") says.
+
+    Returns whether one unpadded document needs no mask at all, because `config.is_causal = False` alone makes this model
+    bidirectional; where it does not, the mask is passed always, and a warning says that a plain load stays causal.
+
+    One forward over copies of a packed row (two documents and padding), each copy with another token edited. What a token
+    may not see, even through other tokens, must not move it; what it sees directly must. And our head must be the model's.
+    """
+    length, device = len(_DOCUMENTS), model.device
+    views = {"causal": [0] * length, "prefix": _PREFIX_VIEWS}.get(attention, [1] * length)
+    layout = Layout(*(torch.tensor(x, device=device).expand(length + 1, -1) for x in (_DOCUMENTS, views, _POSITIONS)))
+    vocab_size = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0)).to(device)
+    edited = torch.cat([tokens[None], torch.where(torch.eye(length, device=device).bool(), (tokens + 1) % vocab_size, tokens)])
+
+    was_training = model.training
+    model.eval()
+    hidden = hidden_states(model, edited, layout).float()
+    moved = (hidden[1:] - hidden[:1]).abs().amax(-1)  # [edited key, query]
+    moved = moved / hidden.abs().amax(-1).mean()
+    _check_pattern(model, attention, layout, moved)
+    mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
+    _check_head(model, tokens)
+    model.train(was_training)
+    return mask_free
+
+
+def _check_pattern(model: PreTrainedModel, attention: str, layout: Layout, moved: Tensor) -> None:
+    direct, reachable = _visibility(model, layout)
+    unmoved = direct & (moved <= 1e-6)
+    leaked = ~reachable & (moved > 1e-3 if model.dtype != torch.float32 else moved > 1e-5)
+    for pairs, what in ((unmoved, "does not see, but should,"), (leaked, "sees, but should not,")):
+        if pairs.any():
+            key, query = (int(i) for i in pairs.nonzero()[0])
+            raise ValueError(
+                f"attention={attention}: the probe failed on {type(model).__name__} with "
+                f"{model.config._attn_implementation} attention: the token at place {query} {what} the one at {key}; "
+                "try another model.attn_implementation (eager, flex_attention, sdpa), or another base model"
+            )
+
+
+def _visibility(model: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(seen in some layer, reachable through all layers), [key, query] each."""
+    windows = layer_windows(model.config)
+    kinds = getattr(model.config, "layer_types", None) if isinstance(windows, dict) else None
+    num_layers = model.config.num_hidden_layers
+    per_layer = [windows[kind] for kind in kinds] if kinds else [windows] * num_layers
+    length = layout.position_ids.shape[1]
+    index = torch.arange(length, device=layout.position_ids.device)
+    zero = torch.zeros((), dtype=torch.long, device=index.device)
+    reachable = torch.eye(length, dtype=torch.bool, device=index.device)
+    direct = torch.zeros_like(reachable)
+    for window in per_layer:
+        seen = mask_rule(layout, layout, window=window)(zero, zero, index[None, :], index[:, None])
+        direct |= seen
+        reachable = (reachable.float() @ (seen | torch.eye(length, device=index.device).bool()).float()) > 0
+    return direct, reachable
+
+
+def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: Tensor) -> bool:
+    first = _DOCUMENTS.count(1)
+    plain = hidden_states(model, tokens[None, :first], None).float()
+    expected = masked_hidden[:1, :first]
+    if (plain - expected).abs().amax() <= _tolerance(model) * expected.abs().amax():
+        return True
+    logger.warning(
+        f"{type(model).__name__} ignores config.is_causal=False with {model.config._attn_implementation} attention: "
+        "we pass an explicit mask, but a plain transformers load of this checkpoint stays causal"
+    )
+    return False
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    return 1e-4 if model.dtype == torch.float32 else 0.1
+
+
+def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    logits = model(input_ids=tokens[None], use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state
+    ours = output_head(model)(hidden).float()
+    if (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
+        raise ValueError(f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states")

@@ -1,0 +1,280 @@
+"""Decoding by refinement: guess every blank, keep the sure ones, blank the rest, repeat, stop early.
+
+With prefix attention the prompt goes through the model once and its KV cache is exact, so that a round costs the canvas alone;
+with bidirectional attention each round recomputes everything. The head always runs on blanks only.
+Shapes: B rows, P prompt tokens, C canvas tokens, L = P + C, A rows still being refined, W columns still needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .attention import PADDING_DOCUMENT, Layout
+from .model import DiffusionLM, hidden_states, output_head
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Which guesses are kept in a round: those at or above `threshold`, or the `tokens_per_step` most confident."""
+
+    threshold: float | None = 0.9
+    """keep guesses with p >= threshold, and always the most confident one (Fast-dLLM, arXiv:2505.22618); None = do not"""
+    tokens_per_step: int | None = None
+    """keep this many most confident guesses a round instead (low-confidence remasking, LLaDA, arXiv:2502.09992)"""
+    temperature: float = 0.0
+    """0 = the most likely token; confidence is the probability of the drawn token at temperature 1 in any case"""
+    top_p: float = 1.0
+    """draw from the smallest set of tokens that holds this much probability"""
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.tokens_per_step is None):
+            raise ValueError(
+                f"sampler.threshold={self.threshold} and sampler.tokens_per_step={self.tokens_per_step}: set exactly one "
+                "(the other to null)"
+            )
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"sampler.threshold={self.threshold}: must lie in (0, 1]")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise ValueError(f"sampler.tokens_per_step={self.tokens_per_step}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"sampler.temperature={self.temperature}: must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampler.top_p={self.top_p}: must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    sequences: Tensor
+    """[B, L] prompt and what was written; after the first end-of-text only end-of-text"""
+    num_tokens: Tensor
+    """[B] tokens written, without end-of-text and what follows it"""
+    nfe: int
+    """forwards of the batch, the prompt's prefill included"""
+    tpf: float
+    """tokens written for each forward of a row, end-of-text not counted"""
+    history: list[Tensor] = field(default_factory=list)
+    """[B, L] after each round, mask tokens where still blank; only with keep_history"""
+
+
+class Streamer(Protocol):
+    """What `generate` shows its rounds to; transformers' streamers have the same two methods."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def generate(
+    lm: DiffusionLM,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    sampler: SamplerConfig,
+    generator: torch.Generator | None = None,
+    streamer: Streamer | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    keep_history: bool = False,
+) -> GenerateOutput:
+    """Writes at most max_new_tokens after each prompt of input_ids [B, P], padded on the left as attention_mask [B, P] says.
+
+    Once an end-of-text is kept, what lies to its right is cut off. stop is asked about the tokens of a row that are settled
+    from the left without a gap, after each round; True ends the row there. Greedy rows do not depend on their batch.
+    """
+    _check_prompt(input_ids, attention_mask, max_new_tokens)
+    lm_input = input_ids.to(lm.device)
+    real = torch.ones_like(lm_input) if attention_mask is None else attention_mask.to(lm_input).long()
+    canvas = torch.full((len(lm_input), max_new_tokens), lm.spec.mask_token_id, device=lm.device)
+    tokens = torch.cat([lm_input, canvas], dim=1)
+    num_prompt = lm_input.shape[1]
+    layout = Layout.of(lm.spec.attention, torch.cat([real, torch.ones_like(canvas)], dim=1), num_prompt)
+    is_blank = torch.zeros_like(tokens, dtype=torch.bool)
+    is_blank[:, num_prompt:] = True
+    end = lm.tokenizer.eos_token_id
+    loop = _Refinement(lm, tokens, is_blank, layout, sampler, generator, streamer, keep_history)
+    return loop.run(num_prompt, num_cached=num_prompt if lm.spec.attention == "prefix" else 0, end_of_text=end, stop=stop)
+
+
+def infill(
+    lm: DiffusionLM,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    sampler: SamplerConfig,
+    generator: torch.Generator | None = None,
+    streamer: Streamer | None = None,
+    keep_history: bool = False,
+) -> GenerateOutput:
+    """Fills the mask tokens of input_ids [B, L], each with one token; the rest stays as it is.
+
+    With prefix attention what comes before the first blank is the prompt, and everything after is canvas.
+    """
+    tokens = input_ids.to(lm.device).clone()
+    real = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens).long()
+    is_blank = (tokens == lm.spec.mask_token_id) & real.bool()
+    if not is_blank.any(dim=1).all():
+        raise ValueError(f"infill: a text has no blank; put the mask token {lm.tokenizer.mask_token} where it should write")
+    layout = Layout.of("bidirectional", real)
+    if lm.spec.attention != "bidirectional":
+        before_first = (is_blank.cumsum(1) == 0) & real.bool()
+        layout = Layout(layout.document_ids, (~before_first).long(), layout.position_ids)
+    loop = _Refinement(lm, tokens, is_blank, layout, sampler, generator, streamer, keep_history)
+    return loop.run(0, num_cached=0, end_of_text=None, stop=None)
+
+
+class _Refinement:
+    """The loop over rounds. Rows that are finished leave the batch, columns that no row needs leave the canvas."""
+
+    def __init__(
+        self,
+        lm: DiffusionLM,
+        tokens: Tensor,
+        is_blank: Tensor,
+        layout: Layout,
+        sampler: SamplerConfig,
+        generator: torch.Generator | None,
+        streamer: Streamer | None,
+        keep_history: bool,
+    ) -> None:
+        self.lm, self.sampler, self.generator, self.streamer = lm, sampler, generator, streamer
+        self.tokens, self.is_blank, self.layout = tokens, is_blank, layout
+        self.head = output_head(lm.model)
+        self.keep_history, self.history = keep_history, [] if not keep_history else [tokens.clone()]
+        if lm.spec.shift_logits and is_blank[:, 0].any():
+            raise ValueError("infill: with shift_logits the first token of a text has no predictor; put a token before it")
+
+    @torch.no_grad()
+    def run(
+        self, num_prompt: int, *, num_cached: int, end_of_text: int | None, stop: Callable[[list[int]], bool] | None
+    ) -> GenerateOutput:
+        batch, length = self.tokens.shape
+        rows = torch.arange(batch, device=self.tokens.device)  # those still being refined
+        row_nfe = torch.zeros_like(rows)
+        nfe, width = 0, length
+        cache, before = None, None
+        if num_cached:
+            # 1. The prompt, once. Its last hidden state predicts the first canvas token where logits are shifted.
+            cache = DynamicCache()
+            prompt = Layout(*(x[:, :num_cached] for x in _parts(self.layout)))
+            before = hidden_states(self.lm.model, self.tokens[:, :num_cached], prompt, cache=cache)[:, -1:]
+            nfe, row_nfe = 1, row_nfe + 1
+        while len(rows):
+            # 2. Guess every blank.
+            guesses, confidence = self._guess(rows, num_cached, width, cache, before)
+            nfe += 1
+            row_nfe[rows] += 1
+            # 3. Keep the sure ones; the others stay blank.
+            kept = self._keep(confidence)
+            window = self.tokens[rows, num_cached:width]
+            self.tokens[rows, num_cached:width] = torch.where(kept, guesses, window)
+            self.is_blank[rows, num_cached:width] &= ~kept
+            # 4. Cut what lies behind an end-of-text, and stop.
+            if end_of_text is not None:
+                self._cut(rows, num_prompt, end_of_text)
+            if stop is not None:
+                self._stop(rows, num_prompt, stop, end_of_text)
+            if self.keep_history:
+                self.history.append(self.tokens.clone())
+            if self.streamer is not None:
+                self.streamer.put(self.tokens)
+            going = self.is_blank[rows].any(1)
+            if not going.all():
+                rows = rows[going]
+                if cache is not None and len(rows):
+                    cache.batch_select_indices(going.nonzero().flatten())
+                    before = before[going] if before is not None else None
+            if len(rows):
+                width = int((self.layout.document_ids[rows] != PADDING_DOCUMENT).any(0).nonzero().max()) + 1
+        if self.streamer is not None:
+            self.streamer.end()
+        num_tokens = self._num_tokens(num_prompt, end_of_text)
+        return GenerateOutput(
+            self.tokens, num_tokens, nfe, float(num_tokens.sum() / row_nfe.sum().clamp(min=1)), self.history
+        )
+
+    def _guess(
+        self, rows: Tensor, start: int, width: int, cache: DynamicCache | None, before: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(token, its probability) for each column in [start, width) of the rows, [A, W]; probability -1 where not blank."""
+        model = self.lm.model
+        layout = Layout(*(x[rows, :width] for x in _parts(self.layout)))
+        unmasked = self.lm.mask_free and cache is None and bool((layout.document_ids != PADDING_DOCUMENT).all())
+        hidden = hidden_states(model, self.tokens[rows, start:width], None if unmasked else layout, cache=cache)
+        if cache is not None:
+            cache.crop(start - width)  # negative: forget that many of the newest
+        if self.lm.spec.shift_logits:
+            first = torch.zeros_like(hidden[:, :1]) if before is None else before
+            hidden = torch.cat([first, hidden[:, :-1]], dim=1)
+        blanks = self.is_blank[rows, start:width]
+        logits = self.head(hidden[blanks]).float()
+        logits[:, self.lm.spec.mask_token_id] = -torch.inf
+        tokens, probability = self._draw(logits)
+        guesses = torch.zeros(blanks.shape, dtype=torch.long, device=blanks.device).masked_scatter_(blanks, tokens)
+        confidence = torch.full(blanks.shape, -1.0, device=blanks.device).masked_scatter_(blanks, probability)
+        return guesses, confidence
+
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = logits.softmax(-1)
+        if self.sampler.temperature == 0:
+            probability, tokens = probabilities.max(-1)
+            return tokens, probability
+        drawn_from = (logits / self.sampler.temperature).softmax(-1)
+        if self.sampler.top_p < 1:
+            ordered, order = drawn_from.sort(-1, descending=True)
+            outside = ordered.cumsum(-1) - ordered >= self.sampler.top_p  # the first token is never outside
+            drawn_from = torch.zeros_like(drawn_from).scatter_(-1, order, ordered.masked_fill(outside, 0))
+        tokens = torch.multinomial(drawn_from, 1, generator=self.generator).squeeze(-1)
+        return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1)
+
+    def _keep(self, confidence: Tensor) -> Tensor:
+        """Which guesses are kept, [A, W]; at least one in each row that has a blank."""
+        blank = confidence >= 0
+        num_kept = self.sampler.tokens_per_step or 1
+        best = confidence.topk(min(num_kept, confidence.shape[1]), dim=1).indices
+        kept = torch.zeros_like(blank).scatter_(1, best, True)
+        if self.sampler.threshold is not None:
+            kept |= confidence >= self.sampler.threshold
+        return kept & blank
+
+    def _cut(self, rows: Tensor, num_prompt: int, end_of_text: int) -> None:
+        """Behind the first kept end-of-text nothing is attended to and nothing is written any more."""
+        canvas, blank = self.tokens[rows, num_prompt:], self.is_blank[rows, num_prompt:]
+        ends = (canvas == end_of_text) & ~blank
+        behind = ends.long().cumsum(1) - ends.long() > 0
+        self.tokens[rows, num_prompt:] = torch.where(behind, end_of_text, canvas)
+        self.is_blank[rows, num_prompt:] = blank & ~behind
+        documents = self.layout.document_ids
+        documents[rows, num_prompt:] = torch.where(behind, PADDING_DOCUMENT, documents[rows, num_prompt:])
+
+    def _stop(self, rows: Tensor, num_prompt: int, stop: Callable[[list[int]], bool], end_of_text: int | None) -> None:
+        for row in rows.tolist():
+            blank = self.is_blank[row, num_prompt:]
+            settled = int(blank.long().argmax()) if blank.any() else len(blank)
+            if stop(self.tokens[row, num_prompt : num_prompt + settled].tolist()):
+                self.tokens[row, num_prompt + settled :] = end_of_text
+                self.is_blank[row, num_prompt:] = False
+
+    def _num_tokens(self, num_prompt: int, end_of_text: int | None) -> Tensor:
+        canvas = self.tokens[:, num_prompt:]
+        if end_of_text is None:
+            return (canvas == canvas).sum(1)
+        return ((canvas == end_of_text).cumsum(1) == 0).sum(1)
+
+
+def _parts(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    return layout.document_ids, layout.view_ids, layout.position_ids
+
+
+def _check_prompt(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has the shape {list(input_ids.shape)}; needs [batch, at least one token]")
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError("attention_mask: prompts must be padded on the left, so that they all end where the canvas begins")
