@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
+import time
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -27,5 +29,12 @@ class CommandParser(ArgumentParser):
             known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(unknown.group(1), known, n=1)
             line += f"; did you mean {near[0]}?" if near and near[0] != unknown.group(1) else ""
+        wait_for_rank_zero()
         print(f"{self.prog}: error: {line} (see `{self.prog} --help`)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def wait_for_rank_zero() -> None:
+    """Before an error is told by another rank than 0: if rank 0 found it too, it speaks first, and the launcher ends this one."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(10)

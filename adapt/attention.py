@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -61,18 +62,23 @@ def mask_rule(
     right_window: how far a canvas sees to its right while attention is annealed from causal to bidirectional
         (DiffuLLaMA, arXiv:2410.17891, opens future edges at random; a window does it in closed form). None = all.
     """
+    # Tensors, not objects and not a number that changes with the step: what the rule closes over is what FlexAttention
+    # compiles against, and anything but a tensor would be a new kernel each time.
+    query_document, query_views, query_position = queries.document_ids, queries.view_ids, queries.position_ids
+    key_document, key_views, key_position = keys.document_ids, keys.view_ids, keys.position_ids
+    right = None if right_window is None else torch.as_tensor(right_window).to(key_position.device)
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        ahead = keys.position_ids[b, k] - queries.position_ids[b, q]  # > 0: the key lies in the query's future
-        query_view, key_view = queries.view_ids[b, q], keys.view_ids[b, k]
+        ahead = key_position[b, k] - query_position[b, q]  # > 0: the key lies in the query's future
+        query_view, key_view = query_views[b, q], key_views[b, k]
         in_canvas = key_view == query_view
-        if right_window is not None:
-            in_canvas = in_canvas & (ahead <= right_window)
+        if right is not None:
+            in_canvas = in_canvas & (ahead <= right)
         seen = torch.where(key_view == 0, ahead <= 0, in_canvas)
         if window is not None:
             reach = torch.where(query_view == 0, window - 1, window)
             seen = seen & (ahead.abs() <= reach)
-        return seen & (queries.document_ids[b, q] == keys.document_ids[b, k])
+        return seen & (query_document[b, q] == key_document[b, k])
 
     return rule
 
@@ -117,7 +123,7 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None] | int | Non
 
     Raises ValueError for layers whose attention no mask can make bidirectional (recurrent, linear, convolution, chunked).
     """
-    layer_types: list[str] = getattr(config, "layer_types", None) or []
+    layer_types: list[str] = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     foreign = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
     if foreign:
         layers = [i for i, kind in enumerate(layer_types) if kind in foreign]
@@ -125,6 +131,8 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None] | int | Non
             f"base={config.model_type}: layers {layers} are {', '.join(foreign)}, which read left to right whatever the "
             "mask says; choose a model whose layers are all full or sliding attention"
         )
+    if getattr(config, "num_attention_heads", None) is None:
+        raise ValueError(f"base={config.model_type}: none of its layers is attention; choose a transformer model")
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in layer_types:
         if window is None:
@@ -151,9 +159,15 @@ def _dense_mask(rule: Callable, keys: Layout, num_queries: int, additive: torch.
 
 
 def _block_mask(rule: Callable, keys: Layout, num_queries: int):
+    batch, num_keys = keys.position_ids.shape
+    device = keys.position_ids.device
+    create = _block_mask_factory(compiled=device.type == "cuda")
+    return create(rule, B=batch, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=str(device))
+
+
+@cache
+def _block_mask_factory(*, compiled: bool) -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    batch, num_keys = keys.position_ids.shape
-    return create_block_mask(
-        rule, B=batch, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=str(keys.position_ids.device)
-    )
+    # Uncompiled, every step of the rule is a [B, Q, L] tensor of int64: 2 GB each at 4 rows of 8192 tokens.
+    return torch.compile(create_block_mask) if compiled else create_block_mask

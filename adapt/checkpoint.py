@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from .model import DiffusionLM
 from .probe import probe
@@ -56,6 +56,9 @@ class DiffusionSpec:
         unknown = sorted(set(section) - {field.name for field in dataclasses.fields(DiffusionSpec)})
         if unknown:
             raise ValueError(f"checkpoint={folder}: unknown keys in its `diffusion` section: {', '.join(unknown)}")
+        missing = sorted({"attention", "mask_token_id"} - set(section))
+        if missing:
+            raise ValueError(f"checkpoint={folder}: its `diffusion` section lacks {', '.join(missing)}; convert again")
         return DiffusionSpec(**section)
 
     def write_to(self, config: PretrainedConfig) -> None:
@@ -68,7 +71,10 @@ class DiffusionSpec:
 def is_diffusion_checkpoint(folder: str | Path) -> bool:
     """True if the folder's config.json has a `diffusion` section."""
     path = Path(folder) / "config.json"
-    return path.is_file() and "diffusion" in json.loads(path.read_text())
+    try:
+        return path.is_file() and "diffusion" in json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download the model again") from error
 
 
 def load(
@@ -85,30 +91,66 @@ def load(
     adapter: a PEFT folder to merge in. dtype: default is what the checkpoint was saved in. verify: run the probe, which
     raises ValueError if the loaded weights do not attend as the checkpoint promises.
     """
+    # 1. Everything that can be refused before weights are read.
     check_model_folder(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None})
+    device, dtype = _device(device), _dtype(dtype)
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"adapter={adapter}: not a PEFT folder (no adapter_config.json in it)")
+    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.mask_token_id != spec.mask_token_id:
+        raise ValueError(
+            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has the id "
+            f"{tokenizer.mask_token_id}; keep the tokenizer files of the conversion beside the weights"
+        )
+    # 2. The weights, all of them.
+    model = _weights(folder, dtype, attn_implementation)
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     model = model.to(device).eval()
-    spec = DiffusionSpec.of(model.config, folder)
+    # 3. The proof.
     mask_free = probe(model, spec.attention) if verify else False
-    return DiffusionLM(model, AutoTokenizer.from_pretrained(folder), spec, mask_free)
+    return DiffusionLM(model, tokenizer, spec, mask_free)
 
 
-def check_model_folder(folder: str | Path) -> None:
-    """Raises one clear ValueError if `folder` is a path that holds no model. Hub ids pass."""
+def _weights(folder: str | Path, dtype: torch.dtype | str | None, kernel: str | None) -> PreTrainedModel:
+    options = {name: value for name, value in (("dtype", dtype), ("attn_implementation", kernel)) if value is not None}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except ImportError as error:  # a kernel of a package that is not installed
+        raise ValueError(f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention") from error
+    # transformers only warns of a tensor that it did not find, and leaves it random.
+    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if missing:
+        raise ValueError(f"checkpoint={folder}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model")
+    return model
+
+
+def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
+    """Raises one clear ValueError, about `setting`, if `folder` is a path that holds no model. Hub ids pass."""
     path = Path(folder)
     looks_local = path.is_absolute() or str(folder).startswith((".", "~")) or path.exists() or str(folder).count("/") != 1
     if not looks_local:
         return
     if not path.exists():
-        raise ValueError(f"checkpoint={folder}: no such folder; give a folder with config.json and safetensors, or a Hub id")
+        raise ValueError(
+            f"{setting}={folder}: no such folder; give a folder with config.json and safetensors, or a Hub id (owner/name)"
+        )
     if not (path / "config.json").is_file():
-        raise ValueError(f"checkpoint={folder}: not a model folder (no config.json in it)")
+        raise ValueError(f"{setting}={folder}: not a model folder (no config.json in it)")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"device={device}: not usable here ({reason}); use cpu, or install torch for it") from error
+    return torch.device(device)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:

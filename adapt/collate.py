@@ -7,6 +7,7 @@ the noised rows are computed here too, so that the training step never waits for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,17 @@ from torch import Tensor
 from .attention import PADDING_DOCUMENT
 from .checkpoint import DiffusionSpec
 from .config import NoiseConfig, ObjectiveConfig
-from .noise import elbo_weight, generator_for, q_sample, sample_t
+from .noise import complement_weight, elbo_weight, generator_for, q_sample, sample_t
 from .packing import Packing, Place
 
 Batch = dict[str, Tensor]
+
+
+class Sizes(NamedTuple):
+    """Tokens of each example, [E]: those that it takes in a row, and those of one stretch of bidirectional attention."""
+
+    total: np.ndarray
+    canvas: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,14 +45,18 @@ class Canvases:
     def is_ar(self) -> bool:
         return self.objective.name == "ar"
 
-    def sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> np.ndarray:
-        """Tokens that each example may take in a row, [E]; with a random tail of end-of-text, the most it can."""
+    @property
+    def views(self) -> int:
+        return 1 if self.is_ar else self.objective.views
+
+    def sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> Sizes:
+        """Tokens of each example, with a random tail of end-of-text the most it can take."""
         if self.is_ar:
-            return context_lengths + target_lengths
+            return Sizes(context_lengths + target_lengths, np.zeros_like(target_lengths))
         canvas = np.maximum(target_lengths, self.canvas_length or 0)
         if self.spec.attention == "bidirectional":  # each view needs a context of its own, which sees the canvas
-            return self.objective.views * (context_lengths + canvas)
-        return context_lengths + self.objective.views * canvas
+            return Sizes(self.views * (context_lengths + canvas), context_lengths + canvas)
+        return Sizes(context_lengths + self.views * canvas, canvas)
 
     def tokens(self, context: list[int], target: list[int], place: Place) -> dict[str, Tensor]:
         """The tokens of one example, 1-D tensors of one length: xt, x0, is_noised, predictor and so on; see `pack`.
@@ -53,11 +65,10 @@ class Canvases:
         shift_logits the one before it (a canvas' first token is predicted by the context's last). -1: none, never noised.
         """
         shift = self.is_ar or self.spec.shift_logits
-        views = 1 if self.is_ar else self.objective.views
         context_ids = torch.tensor(context, dtype=torch.long)
         pieces: list[dict[str, Tensor]] = []
         offset = 0
-        for view in range(views):
+        for view in range(self.views):
             x0 = torch.tensor(self._canvas(target, place, view), dtype=torch.long)
             own_context = view == 0 or self.spec.attention == "bidirectional"
             canvas_start = offset + len(context) if own_context else offset
@@ -65,14 +76,14 @@ class Canvases:
             predictor = canvas_start + torch.arange(len(x0)) - int(shift)
             if shift:
                 predictor[0] = context_start + len(context) - 1 if context else -1
-            t, xt, is_noised = self._noised(x0, predictor >= 0, place, view)
+            xt, is_noised, weight = self._noised(x0, predictor >= 0, place, view)
             canvas = {
                 "xt": xt,
                 "x0": x0,
                 "is_noised": is_noised,
                 "predictor": predictor,
                 "loss_mask": predictor >= 0,
-                "elbo_weight": elbo_weight(t, self.noise.schedule).expand(len(x0)),
+                "elbo_weight": weight.expand(len(x0)),
                 "position": len(context) + torch.arange(len(x0)),
                 "view": torch.full((len(x0),), 0 if self.is_ar else view + 1),
                 "copy": torch.full((len(x0),), view if self.spec.attention == "bidirectional" else 0),
@@ -108,9 +119,9 @@ class Canvases:
         return target + [self.end_of_text] * (length - len(target))
 
     def _noised(self, x0: Tensor, loss_mask: Tensor, place: Place, view: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(t [], xt, is_noised); for the AR objective the tokens are clean and all are predicted."""
+        """(xt, is_noised, elbo_weight []); for the AR objective the tokens are clean and all are predicted."""
         if self.is_ar:
-            return torch.ones(()), x0, loss_mask
+            return x0, loss_mask, torch.ones(())
         pair, is_second = divmod(view, 2) if self.objective.complementary else (view, 0)
         draws = self.objective.views // (2 if self.objective.complementary else 1)
         start = float(torch.rand((), generator=generator_for(self.seed, -2)))
@@ -124,18 +135,11 @@ class Canvases:
             schedule=self.noise.schedule,
             generator=generator_for(self.seed, place.example, place.epoch, pair),
         )
-        if is_second:
-            is_noised = loss_mask & ~is_noised
-            xt = torch.where(is_noised, self.spec.mask_token_id, x0)
-            t = complement_time(t, self.noise.schedule).clamp(min=self.noise.t_min)
-        return t, xt, is_noised
-
-
-def complement_time(t: Tensor, schedule: str) -> Tensor:
-    """The time whose mask_ratio is alpha_t: at which the complement of a view noised at t is distributed."""
-    if schedule == "cosine":
-        return 2 / torch.pi * torch.acos((1 - torch.cos(torch.pi / 2 * t)).clamp(-1, 1))
-    return 1 - t
+        if not is_second:
+            return xt, is_noised, elbo_weight(t, self.noise.schedule)
+        is_noised = loss_mask & ~is_noised
+        xt = torch.where(is_noised, self.spec.mask_token_id, x0)
+        return xt, is_noised, complement_weight(t, self.noise.schedule, self.noise.t_min)
 
 
 class PackedRows(torch.utils.data.Dataset):
@@ -146,6 +150,10 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return self.num_rows
+
+    def epochs(self, num_rows: int) -> float:
+        """Passes over the data after that many rows."""
+        return (self.packing.row(num_rows - 1)[-1].ordinal + 1) / len(self.packing.sizes) if num_rows else 0.0
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         places = self.packing.row(k)
@@ -169,13 +177,13 @@ def pack(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def collate(rows: list[dict[str, Tensor]]) -> Batch:
-    """A batch of B rows padded to the longest, L tokens, of which N are noised and go through the head.
+def collate(rows: list[dict[str, Tensor]], length: int | None = None) -> Batch:
+    """A batch of B rows padded to `length` (default: the longest), L tokens, of which N are noised and go through the head.
 
     input_ids, document_ids, view_ids, position_ids [B, L]; rows (index into B * L of the hidden state that predicts), targets,
     elbo_weight [N]; num_maskable [] tokens that might have been noised.
     """
-    length = max(len(row["xt"]) for row in rows)
+    length = length or max(len(row["xt"]) for row in rows)
 
     def stacked(key: str, fill: int) -> Tensor:
         return torch.stack([torch.nn.functional.pad(row[key], (0, length - len(row[key])), value=fill) for row in rows])

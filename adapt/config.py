@@ -18,6 +18,11 @@ def _one_of(setting: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{setting}={value}: choose one of {', '.join(sorted(allowed))}")
 
 
+def _between(setting: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise ValueError(f"{setting}={value}: must be at least {low} and below {high}")
+
+
 def _at_least(setting: str, value: float | None, minimum: float) -> None:
     if value is not None and value < minimum:
         raise ValueError(f"{setting}={value}: must be at least {minimum}")
@@ -38,6 +43,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _at_least("model.lora.r", self.r, 1)
+        _between("model.lora.dropout", self.dropout, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,12 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a quarter slower"""
     torch_compile: bool = False
-    """compile the model; worth it where rows have a fixed length"""
+    """compile the decoder layers, and pad every row to seq_len so that they have one shape"""
     lora: LoraConfig | None = None
     """None = full fine-tuning"""
 
     def __post_init__(self) -> None:
+        _one_of("model.attention", self.attention, ("bidirectional", "prefix"))
         _one_of("model.attn_implementation", self.attn_implementation, ("eager", "flex_attention", "sdpa"))
 
 
@@ -82,6 +89,8 @@ class DataConfig:
     """processes that tokenise and draw noise; 0 = the training process itself"""
 
     def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train=[]: give at least one file, or a Hub dataset id")
         _one_of("data.too_long", self.too_long, ("drop", "error"))
         _at_least("data.seq_len", self.seq_len, 8)
         _at_least("data.canvas_length", self.canvas_length, 1)
@@ -139,7 +148,7 @@ class TrainingConfig:
     """peak"""
     lr_scheduler: str = "cosine"
     """a name that transformers knows: constant_with_warmup, cosine, linear, warmup_stable_decay ..."""
-    lr_scheduler_options: dict[str, float] = field(default_factory=dict)
+    lr_scheduler_options: dict[str, int | float | str] = field(default_factory=dict)
     """arguments of that schedule, such as {min_lr_rate: 0.1} for cosine_with_min_lr"""
     warmup_steps: int = 0
     """steps"""
@@ -181,6 +190,9 @@ class TrainingConfig:
                 f"training.num_steps={self.num_steps} and training.num_epochs={self.num_epochs}: give exactly one of them"
             )
         _at_least("training.num_steps", self.num_steps, 1)
+        if self.num_epochs is not None and self.num_epochs <= 0:
+            raise ValueError(f"training.num_epochs={self.num_epochs}: must be above 0")
+        _between("training.adam_beta2", self.adam_beta2, 0, 1)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of one rank in an optimizer step; ValueError if the sizes do not divide."""

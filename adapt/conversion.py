@@ -10,12 +10,14 @@ result is probed with its weights loaded, and appears under OUT only when all of
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,10 +30,9 @@ from .arguments import CommandParser
 from .attention import layer_windows
 from .checkpoint import DiffusionSpec, check_model_folder, load
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"^(<\|?reserved_special_token_\d+\|?>|<\|?(unused|extra)_?\d+\|?>|\[unused\d+\]|<\|?reserved_?\d+\|?>)$")
+_VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")  # without, transformers makes one up
 _KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
@@ -57,11 +58,16 @@ def convert(
         raise ValueError(f"out={out}: exists already; choose a new folder or remove it (nothing was overwritten)")
     if block_size is not None and attention != "block":
         raise ValueError(f"block_size={block_size}: belongs to attention=block, but attention={attention}")
+    DiffusionSpec(attention=attention, mask_token_id=-1)
+    if not str(base).endswith(".gguf"):
+        check_model_folder(base, "base")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+    with _no_traceback_when_full(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         source, revision = _fetch(base, Path(scratch))
         config = AutoConfig.from_pretrained(source)
         _check_base(config, base)
+        if not any(file for pattern in _VOCABULARIES for file in source.glob(pattern)):
+            raise ValueError(f"base={base}: no tokenizer in it; put the model's tokenizer.json (or tokenizer.model) beside it")
         tokenizer = AutoTokenizer.from_pretrained(source)
         mask_token_id, num_rows = _add_mask_token(tokenizer, weights.num_embeddings(source, config), mask_token)
         spec = DiffusionSpec(
@@ -80,17 +86,26 @@ def convert(
     return out
 
 
+@contextmanager
+def _no_traceback_when_full(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the tokenizer's Rust raises a bare Exception for the same thing
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise ValueError(f"out={out}: the disk is full, nothing was left on it; free some space or write elsewhere") from error
+
+
 def _fetch(base: str | Path, scratch: Path) -> tuple[Path, str | None]:
     """(local folder with config, safetensors and tokenizer; the Hub revision if it came from there)."""
     if str(base).endswith(".gguf"):
         from .gguf_source import gguf_to_folder
 
         return gguf_to_folder(base, scratch / "dequantized", dtype=torch.float32), None
-    check_model_folder(base)
     if Path(base).is_dir():
         return Path(base), None
     try:
-        snapshot = Path(snapshot_download(str(base), allow_patterns=list(_KEEP)))
+        snapshot = Path(snapshot_download(str(base), allow_patterns=list(_KEEP), ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # huggingface_hub raises a dozen unrelated types; each means that there is no such model to be had
         raise ValueError(f"base={base}: neither a folder nor a model that the Hub gives us ({type(error).__name__})") from error
     return snapshot, snapshot.name
@@ -101,6 +116,8 @@ def _check_base(config: PretrainedConfig, base: str | Path) -> None:
         raise ValueError(f"base={base}: is a diffusion checkpoint already; train it with `model.base: {base}`")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted")
+    if config.get_text_config() is not config:
+        raise ValueError(f"base={base}: is multimodal ({config.model_type}); save its language model as a folder of its own first")
     layer_windows(config)
 
 
@@ -110,14 +127,17 @@ def _add_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, mask_toke
     if mask_token is None:
         reserved = sorted((t for t in tokenizer.get_added_vocab() if RESERVED.match(t)), key=vocabulary.__getitem__)
         mask_token = tokenizer.mask_token or (reserved[-1] if reserved else DEFAULT_MASK_TOKEN)
+    is_ordinary = mask_token in vocabulary and mask_token not in tokenizer.get_added_vocab()
+    if is_ordinary or not re.search(r"[^\w\s.,;:!?'\"()-]", mask_token):
+        raise ValueError(f"mask_token={mask_token}: occurs in plain text; choose an unused special token, or a new one")
+    if mask_token in str(tokenizer.chat_template):
+        raise ValueError(f"mask_token={mask_token}: the chat template writes it; choose an unused special token, or a new one")
     tokenizer.add_special_tokens({"mask_token": mask_token})
     mask_token_id = tokenizer.mask_token_id
     if tokenizer.encode(mask_token, add_special_tokens=False) != [mask_token_id]:
         raise ValueError(f"mask_token={mask_token}: the tokenizer splits or changes it; choose another string, like {DEFAULT_MASK_TOKEN}")
     if mask_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         raise ValueError(f"mask_token={mask_token}: is the tokenizer's end, start or padding token; choose an unused one")
-    if tokenizer.encode("a b c 1 2 3", add_special_tokens=False).count(mask_token_id):
-        raise ValueError(f"mask_token={mask_token}: occurs in plain text; choose an unused special token")
     return mask_token_id, max(num_rows, mask_token_id + 1)
 
 
@@ -148,7 +168,7 @@ def _write(
 def _restore_unwritten_keys(source: Path, out: Path) -> None:
     """Keeps keys of the base's config.json that this transformers version does not know, instead of losing them."""
     written, original = (json.loads((folder / "config.json").read_text()) for folder in (out, source))
-    known = {"torch_dtype", "rope_theta", "rope_scaling", *written}
+    known = {"torch_dtype", "rope_theta", "rope_scaling", "vocab_size", *written}
     missing = {key: value for key, value in original.items() if key not in known}
     if missing:
         (out / "config.json").write_text(json.dumps({**written, **missing}, indent=2) + "\n")

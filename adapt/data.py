@@ -6,9 +6,14 @@ target is what the model learns to write, and ends in end-of-text.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.compute
 from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from .config import DataConfig
@@ -17,39 +22,79 @@ _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "t
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
 
-def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, is_main_process: bool = True) -> Dataset:
-    """The tokenised examples of `config.train` as a Dataset of "context" and "target" id lists.
+def load_rows(config: DataConfig) -> Dataset:
+    """The rows of `config.train` under our column names; ValueError if they are missing, unreadable, empty or of no kind of ours.
 
-    Raises ValueError for missing files, unknown columns, empty data, a mask token inside the data, and examples longer than
-    data.seq_len (unless data.too_long is drop; plain text is cut into pieces of seq_len instead).
+    Needs no tokenizer, so it is done before a model is converted.
     """
-    if not is_main_process:
-        disable_progress_bars()
-    rows = _load_rows(config)
-    rows = rows.rename_columns({theirs: ours for ours, theirs in config.columns.items() if ours != theirs})
-    kind = next((columns for columns in COLUMNS if set(columns) <= set(rows.column_names)), None)
-    if kind is None:
+    rows = _read(config)
+    missing = sorted(set(config.columns.values()) - set(rows.column_names))
+    if missing:
+        raise ValueError(
+            f"data.columns={config.columns}: the data has no {', '.join(missing)}; it has {', '.join(sorted(rows.column_names))}"
+        )
+    renamed = {theirs: ours for ours, theirs in config.columns.items() if ours != theirs}
+    rows = rows.remove_columns([ours for ours in renamed.values() if ours in rows.column_names]).rename_columns(renamed)
+    if _kind(rows) is None:
         raise ValueError(
             f"data.train={config.train}: has the columns {', '.join(sorted(rows.column_names))}; needs text, or prompt and "
             "completion, or messages; name them in data.columns, such as {prompt: question, completion: answer}"
         )
-    to_examples = {"text": _from_text, "prompt": _from_prompt, "messages": _from_messages}[kind[0]]
+    if len(rows) == 0:
+        raise ValueError(f"data.train={config.train}: is empty, nothing to train on; give files with rows in them")
+    return rows
+
+
+def load_examples(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: Dataset | None = None,
+    views: int = 1,
+    is_main_process: bool = True,
+) -> Dataset:
+    """The tokenised examples of `rows` (default: `load_rows(config)`) as a Dataset of "context" and "target" id lists.
+
+    Plain text is cut into pieces of which `views` fit into data.seq_len. Raises ValueError for a mask token inside the data,
+    values that are not strings, empty completions, and examples longer than data.seq_len (unless data.too_long is drop).
+    """
+    if not is_main_process:
+        disable_progress_bars()
+    if tokenizer.eos_token_id is None:
+        raise ValueError("model.base: its tokenizer has no end-of-text token, so no target would ever end; add an eos_token to it")
+    rows = load_rows(config) if rows is None else rows
+    kind = _kind(rows)
+    assert kind is not None
+    options = {"tokenizer": tokenizer, "piece": config.seq_len // views}
     examples = rows.map(
-        to_examples,
+        {"text": _from_text, "prompt": _from_prompt, "messages": _from_messages}[kind],
         batched=True,
         batch_size=256,
         remove_columns=rows.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "seq_len": config.seq_len},
+        fn_kwargs=options,
         num_proc=config.num_workers if config.num_workers > 1 else None,
         desc="tokenise",
+        # `datasets` hashes our functions by name alone, and would serve what an older version of this file tokenised.
+        new_fingerprint=Hasher.hash([rows._fingerprint, _TOKENISER_SOURCE, kind, options]),
     )
-    examples = _fit(examples, config)
     if len(examples) == 0:
-        raise ValueError(f"data.train={config.train}: no examples in it, nothing to train on")
-    return examples
+        raise ValueError(
+            f"data.train={config.train}: nothing to noise in it: no text, completion or assistant turn; check data.columns"
+        )
+    return _fit(examples, config, is_main_process)
 
 
-def _load_rows(config: DataConfig) -> Dataset:
+def lengths(examples: Dataset, column: str) -> np.ndarray:
+    """Number of tokens in that column of each example, [E]."""
+    table = examples.select_columns([column]).with_format("arrow")[:]
+    return pyarrow.compute.list_value_length(table[column]).to_numpy()
+
+
+def _kind(rows: Dataset) -> str | None:
+    return next((columns[0] for columns in COLUMNS if set(columns) <= set(rows.column_names)), None)
+
+
+def _read(config: DataConfig) -> Dataset:
     files = [config.train] if isinstance(config.train, str) else list(config.train)
     suffixes = {_suffix(file) for file in files}
     local = suffixes & set(_LOADERS) or any(Path(file).exists() for file in files)
@@ -62,18 +107,18 @@ def _load_rows(config: DataConfig) -> Dataset:
             raise ValueError(f"data.train={files[0]}: neither a file nor a dataset that the Hub gives us: {error}") from error
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
-        raise ValueError(f"data.train={', '.join(missing)}: no such file")
+        raise ValueError(f"data.train={', '.join(missing)}: no such file; give json, jsonl, parquet or txt, or a Hub dataset id")
     if len(suffixes) > 1 or not suffixes <= set(_LOADERS):
         raise ValueError(f"data.train={config.train}: files of one kind only, out of {', '.join(sorted(_LOADERS))} (also .gz)")
     if all(Path(file).stat().st_size == 0 for file in files):
-        raise ValueError(f"data.train={config.train}: is empty")
+        raise ValueError(f"data.train={config.train}: is empty, nothing to train on; give files with rows in them")
     loader = _LOADERS[suffixes.pop()]
     options = {"sample_by": "document"} if loader == "text" else {}
     try:
         return load_dataset(loader, data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps whatever its readers raise
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"data.train={config.train}: cannot be read as {loader}: {reason[:200]}") from error
+        raise ValueError(f"data.train={config.train}: cannot be read as {loader}: {reason[:200]}; mend the file") from error
 
 
 def _suffix(file: str) -> str:
@@ -81,43 +126,47 @@ def _suffix(file: str) -> str:
     return (suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])).lower()
 
 
-def _from_text(batch: dict, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> dict:
-    """Documents, cut into pieces that fit a row."""
+def _from_text(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> dict:
+    """Documents, cut into pieces of that many tokens."""
     start = _start_tokens(tokenizer)
+    room = max(piece - len(start), 1)  # Packing says what is wrong where not one view fits
     contexts, targets = [], []
     for text in _checked(batch["text"], "text"):
-        ids = _tokens(tokenizer, text) + [tokenizer.eos_token_id]
-        room = seq_len - len(start)
+        ids = _tokens(tokenizer, text)
+        if not ids:
+            continue
+        ids.append(tokenizer.eos_token_id)
         for i in range(0, len(ids), room):
             contexts.append(start)
             targets.append(ids[i : i + room])
     return {"context": contexts, "target": targets}
 
 
-def _from_prompt(batch: dict, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> dict:
+def _from_prompt(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> dict:
     start = _start_tokens(tokenizer)
-    for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True):
-        if completion == "":
+    contexts = [start + _tokens(tokenizer, prompt) for prompt in _checked(batch["prompt"], "prompt")]
+    targets = [_tokens(tokenizer, completion) for completion in _checked(batch["completion"], "completion")]
+    for prompt, target in zip(batch["prompt"], targets, strict=True):
+        if not target:
             raise ValueError(
                 f"data.train: the prompt {prompt[:60]!r} has an empty completion, nothing to noise; remove such rows"
             )
-    return {
-        "context": [start + _tokens(tokenizer, prompt) for prompt in _checked(batch["prompt"], "prompt")],
-        "target": [_tokens(tokenizer, done) + [tokenizer.eos_token_id] for done in _checked(batch["completion"], "completion")],
-    }
+    return {"context": contexts, "target": [[*target, tokenizer.eos_token_id] for target in targets]}
 
 
-def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> dict:
+def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> dict:
     """One example for each assistant turn, with everything before it as the context."""
     if tokenizer.chat_template is None:
         raise ValueError("data.train: has chat messages, but the tokenizer has no chat template; use prompt and completion")
     contexts, targets = [], []
-    for messages in batch["messages"]:
+    for messages in map(_messages, batch["messages"]):
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
             whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            assert isinstance(before, str)
+            assert isinstance(whole, str)
             if not whole.startswith(before):
                 raise ValueError(
                     "data.train: the chat template does not keep the start of a conversation as it grows, so turns cannot be "
@@ -131,6 +180,16 @@ def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, seq_len: int
     return {"context": contexts, "target": targets}
 
 
+def _messages(messages: object) -> list[dict]:
+    """A checked conversation, without the None that Arrow puts where only other messages have a key."""
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
+        for message in messages
+    ):
+        raise ValueError(f"data.train: column messages holds {str(messages)[:60]!r}, needs lists of {{role: ..., content: ...}}")
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts in front of a text by itself ([bos] or nothing)."""
     ids = tokenizer("a")["input_ids"]
@@ -138,11 +197,11 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
         raise ValueError(
             f"data.train: a text contains the mask token {tokenizer.mask_token} ({text[:60]!r}...); remove it from the data, "
-            "or convert with another --mask_token"
+            "or convert with another mask_token"
         )
     return ids
 
@@ -150,18 +209,23 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _checked(values: list, column: str) -> list[str]:
     for value in values:
         if not isinstance(value, str):
-            raise ValueError(f"data.train: column {column} holds {type(value).__name__}, needs strings")
+            raise ValueError(f"data.train: column {column} holds {value!r:.60}, needs strings; remove or mend such rows")
     return values
 
 
-def _fit(examples: Dataset, config: DataConfig) -> Dataset:
-    lengths = [len(c) + len(t) for c, t in zip(examples["context"], examples["target"], strict=True)]
-    too_long = [i for i, length in enumerate(lengths) if length > config.seq_len]
-    if too_long and config.too_long == "error":
-        longest = max(lengths)
-        raise ValueError(
-            f"data.seq_len={config.seq_len}: {len(too_long)} of {len(lengths)} examples are longer, the longest {longest} tokens; "
-            f"set data.seq_len={longest} or data.too_long=drop"
-        )
-    keep = [i for i, length in enumerate(lengths) if length <= config.seq_len]
-    return examples.select(keep) if too_long else examples
+def _fit(examples: Dataset, config: DataConfig, is_main_process: bool) -> Dataset:
+    sizes = lengths(examples, "context") + lengths(examples, "target")
+    fits = sizes <= config.seq_len
+    if fits.all():
+        return examples
+    too_long = f"data.seq_len={config.seq_len}: {(~fits).sum()} of {len(sizes)} examples are longer, the longest {sizes.max()} tokens"
+    if config.too_long == "error":
+        raise ValueError(f"{too_long}; set data.seq_len={sizes.max()} or data.too_long=drop")
+    if not fits.any():
+        raise ValueError(f"{too_long}, and data.too_long=drop leaves none; set data.seq_len={sizes.min()} or more")
+    if is_main_process:
+        print(f"{too_long}: dropped", file=sys.stderr)
+    return examples.select(np.flatnonzero(fits))
+
+
+_TOKENISER_SOURCE = inspect.getsource(sys.modules[__name__])

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -80,13 +80,14 @@ def load_gguf(
 
     path = _gguf_file(path)
     tokenizer = load_tokenizer(path)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=dtype if dtype is not None else torch.float32,
         output_loading_info=True,
     )
+    model, info = loaded
     # transformers only warns of a tensor that it did not find and leaves it random.
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:

@@ -10,6 +10,7 @@ keyed by the request, so that its value does not depend on which other requests 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,9 @@ class Nelbo(NamedTuple):
     nats: float
     """upper bound on -log p(target | context), summed over the target"""
     stderr: float
-    """its Monte-Carlo standard error, nats; 0 where all samples are the same computation (a target of one token)"""
+    """its Monte-Carlo standard error, nats; 0 for a target of one token (exact), NaN for a single sample of a longer one"""
     nfe: int
-    """forwards that this request took part in"""
+    """rows that went through the model for it, one for each sample"""
 
 
 class _Sample(NamedTuple):
@@ -53,6 +54,8 @@ def nelbo(
     """
     if num_samples < 1:
         raise ValueError(f"mc_samples={num_samples}: must be at least 1")
+    if lm.spec.shift_logits:  # the first token of a text needs a predictor
+        contexts = [context or [lm.start_token_id] for context in contexts]
     samples: list[_Sample] = []
     for request, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target:
@@ -64,7 +67,7 @@ def nelbo(
         chosen = [samples[i] for i in order[start : start + batch_size]]
         for sample, value in zip(chosen, _estimate(lm, contexts, targets, chosen), strict=True):
             estimates[sample.request].append(value)
-    return [_summary(values) for values in estimates]
+    return [_summary(values, len(target)) for values, target in zip(estimates, targets, strict=True)]
 
 
 def _length(contexts: list[list[int]], targets: list[list[int]], sample: _Sample) -> int:
@@ -88,15 +91,12 @@ def _estimate(lm: DiffusionLM, contexts: list[list[int]], targets: list[list[int
     """n / m * sum of -log p over the noised tokens, nats, for each sample; one forward."""
     rows = [contexts[s.request] + targets[s.request] for s in samples]
     width = max(map(len, rows))
-    first = 1 if lm.spec.shift_logits and any(not contexts[s.request] for s in samples) else 0
-    if first:  # the first token needs a predictor: the end-of-text that comes before any document
-        rows, width = [[lm.tokenizer.eos_token_id, *row] for row in rows], width + 1
     x0 = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     document_ids = torch.tensor([[1] * len(row) + [PADDING_DOCUMENT] * (width - len(row)) for row in rows])
     view_ids = torch.ones_like(x0)
     is_noised = torch.zeros_like(x0, dtype=torch.bool)
     for b, sample in enumerate(samples):
-        start = first + len(contexts[sample.request])
+        start = len(contexts[sample.request])
         if lm.spec.attention != "bidirectional":
             view_ids[b, :start] = 0
         is_noised[b, start + sample.noised] = True
@@ -110,7 +110,7 @@ def _estimate(lm: DiffusionLM, contexts: list[list[int]], targets: list[list[int
     return [total * len(targets[s.request]) / len(s.noised) for s, total in zip(samples, sums, strict=True)]
 
 
-def _summary(values: list[float]) -> Nelbo:
+def _summary(values: list[float], target_length: int) -> Nelbo:
     estimates = torch.tensor(values, dtype=torch.float64)
-    stderr = float(estimates.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-    return Nelbo(float(estimates.mean()), stderr, len(values))
+    spread = float(estimates.std()) if len(values) > 1 else math.nan
+    return Nelbo(float(estimates.mean()), 0.0 if target_length == 1 else spread / len(values) ** 0.5, len(values))

@@ -1,8 +1,9 @@
-"""What a run reports: sums kept on the device, reduced over ranks when logged, one JSON line a log step."""
+"""What a run reports: sums kept on the device, reduced over ranks when logged; one JSON line a log step and one progress bar."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 _SUMS = ("nelbo_sum", "noised_nll_sum", "num_noised", "num_maskable")
@@ -21,26 +23,29 @@ class RunningMetrics:
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
-        self.num_tokens, self.tokens_seen, self.since = 0, 0, time.perf_counter()
+        self.num_tokens, self.since = 0, time.perf_counter()
 
     def add(self, metrics: dict[str, Tensor], num_tokens: int) -> None:
         self.sums += torch.stack([metrics[name].double() for name in _SUMS])
         self.num_tokens += num_tokens
 
-    def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Metrics over all ranks since the last call, and their tokens/s (positions computed, padding included)."""
+    def drain(self, accelerator: Accelerator, tokens_seen: int) -> dict[str, float]:
+        """Metrics over all ranks since the last call, and their tokens/s (positions computed, padding included).
+
+        tokens_seen: those of earlier logs, so that the count goes on when a run is resumed.
+        """
         elapsed = time.perf_counter() - self.since
         here = torch.cat([self.sums, torch.tensor([self.num_tokens], dtype=torch.float64, device=self.sums.device)])
-        total = accelerator.reduce(here, reduction="sum").tolist()
-        nelbo_sum, noised_nll_sum, num_noised, num_maskable, num_tokens = total
-        self.tokens_seen += int(num_tokens)
+        total = accelerator.reduce(here, reduction="sum")
+        assert isinstance(total, Tensor)
+        nelbo_sum, noised_nll_sum, num_noised, num_maskable, num_tokens = total.tolist()
         self.sums.zero_()
         self.num_tokens, self.since = 0, time.perf_counter()
         return {
             "nelbo": nelbo_sum / max(num_maskable, 1),
             "noised_nll": noised_nll_sum / max(num_noised, 1),
             "mask_ratio": num_noised / max(num_maskable, 1),
-            "tokens_seen": self.tokens_seen,
+            "tokens_seen": tokens_seen + int(num_tokens),
             "tokens_per_s": num_tokens / elapsed,
             "peak_memory_gb": _peak_memory_bytes() / 1e9,
         }
@@ -56,9 +61,14 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() and state.global_step else []
-        kept = [line for line in lines if _step(line) is not None and _step(line) <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        beside = self.path.with_name(f".{self.path.name}.incomplete")
+        beside.write_text("".join(f"{line}\n" for line in lines if _step(line) <= state.global_step))
+        os.replace(beside, self.path)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if control.should_save:  # a resumed run averages from its checkpoint on, so this one starts a new average there too
+            control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
@@ -66,11 +76,38 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def _step(line: str) -> int | None:
+class Progress(TrainerCallback):
+    """A bar with the time that is left, the loss and the speed, on rank 0's stderr; a line every 10 s where that is a file."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.bar = tqdm(
+            desc="train",
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            figures = {"loss": f"{logs['loss']:.3f}", "noised_nll": f"{logs['noised_nll']:.3f}"}
+            figures |= {"lr": f"{logs['learning_rate']:.1e}", "tok/s": f"{logs['tokens_per_s']:,.0f}"}
+            self.bar.set_postfix(figures, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.bar.close()
+
+
+def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):  # a kill may have cut the last line short
-        return None
+        return float("inf")
 
 
 def _peak_memory_bytes() -> int:

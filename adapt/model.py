@@ -73,14 +73,15 @@ def attach_loss(model: PreTrainedModel) -> PreTrainedModel:
     rows [N] index the flattened [B * L] hidden states. The loss has to be inside `forward`, because that is the only call
     that DeepSpeed ZeRO-3, autocast and PEFT see. Without `rows` the forward is the model's own.
     """
-    plain_forward, head = model.forward, output_head(model)
+    plain_forward = model.forward
 
     def forward(*args, rows: Tensor | None = None, targets: Tensor | None = None, layout=None, **kwargs):
         if rows is None or targets is None:
             return plain_forward(*args, **kwargs)
         mask_options = {"right_window": kwargs.pop("right_window", None)} if layout is not None else {}
         hidden = hidden_states(model, kwargs["input_ids"], layout, **mask_options)
-        return token_nll(hidden.flatten(0, 1)[rows], targets, head)
+        # The head as it is now: PEFT replaces a tied one when it trains the mask token's row.
+        return token_nll(hidden.flatten(0, 1)[rows], targets, output_head(model))
 
     model.forward = forward
     return model
@@ -106,6 +107,12 @@ class DiffusionLM:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def start_token_id(self) -> int:
+        """What stands before a text whose first token needs a predictor: start-of-text, or else end-of-text."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None else self.tokenizer.eos_token_id
 
     def generate(
         self, input_ids: Tensor, *, max_new_tokens: int, sampler: SamplerConfig | None = None, **options

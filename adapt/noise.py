@@ -30,6 +30,15 @@ def elbo_weight(t: Tensor, schedule: str = "linear") -> Tensor:
     return -alpha_prime(t, schedule) / (1 - alpha(t, schedule))
 
 
+def complement_weight(t: Tensor, schedule: str = "linear", t_min: float = 1e-3) -> Tensor:
+    """-alpha_prime / alpha_t, same shape: the weight of the complement of a view noised at t, which noises what that one keeps.
+
+    The NELBO is an integral over the mask ratio m with the measure dm / m, whatever the schedule; the complement's m is alpha_t,
+    so that its measure is -alpha_prime / alpha_t dt. t_min bounds it as it bounds elbo_weight.
+    """
+    return -alpha_prime(t, schedule) / alpha(t, schedule).clamp(min=t_min)
+
+
 def sample_t(ordinals: Tensor, *, offset: float = 0.0, t_min: float = 1e-3) -> Tensor:
     """Stratified times in [t_min, 1], one for each ordinal (its place in the order of the run), same shape.
 

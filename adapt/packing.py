@@ -7,6 +7,7 @@ with any number of workers all read the same list.
 from __future__ import annotations
 
 import bisect
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -48,17 +49,19 @@ class Packing:
         """Rows in that many passes over the data."""
         while self._num_epochs < num_epochs:
             self._append_epoch()
-        done = sum(1 for row in self._rows if row[0].epoch < int(num_epochs))
-        return done + int((len(self._rows) - done) * (num_epochs - int(num_epochs)))
+        rows = np.bincount([row[0].epoch for row in self._rows])
+        whole = int(num_epochs)
+        return int(rows[:whole].sum() + (num_epochs - whole) * rows[whole : whole + 1].sum())
 
     def _append_epoch(self) -> None:
         epoch, num_examples = self._num_epochs, len(self.sizes)
         order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_examples)
+        # Counted in the order of the rows, so that a batch holds consecutive ordinals, whose times are stratified.
+        ordinals = itertools.count(epoch * num_examples)
         for start in range(0, num_examples, BUFFER):
             buffer = order[start : start + BUFFER]
-            rows = _best_fit(buffer, self.sizes[buffer], self.seq_len)
-            first = {int(example): epoch * num_examples + start + i for i, example in enumerate(buffer)}
-            self._rows += [[Place(example, epoch, first[example]) for example in row] for row in rows]
+            for row in _best_fit(buffer, self.sizes[buffer], self.seq_len):
+                self._rows.append([Place(example, epoch, next(ordinals)) for example in row])
         self._num_epochs += 1
 
 

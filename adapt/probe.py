@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import PADDING_DOCUMENT, Layout, layer_windows, mask_rule
+from .attention import PADDING_DOCUMENT, Layout, attention_mask, layer_windows, mask_rule
 from .model import hidden_states, output_head
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,12 @@ def probe(model: PreTrainedModel, attention: str) -> bool:
     length, device = len(_DOCUMENTS), model.device
     views = {"causal": [0] * length, "prefix": _PREFIX_VIEWS}.get(attention, [1] * length)
     layout = Layout(*(torch.tensor(x, device=device).expand(length + 1, -1) for x in (_DOCUMENTS, views, _POSITIONS)))
-    vocab_size = model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0)).to(device)
-    edited = torch.cat([tokens[None], torch.where(torch.eye(length, device=device).bool(), (tokens + 1) % vocab_size, tokens)])
+    tokens, others = _distinct_tokens(model, length)
+    edited = torch.cat([tokens[None], torch.where(torch.eye(length, device=device).bool(), others, tokens)])
 
     was_training = model.training
     model.eval()
-    hidden = hidden_states(model, edited, layout).float()
+    hidden = _forward(model, edited, layout)
     moved = (hidden[1:] - hidden[:1]).abs().amax(-1)  # [edited key, query]
     moved = moved / hidden.abs().amax(-1).mean()
     _check_pattern(model, attention, layout, moved)
@@ -49,6 +48,32 @@ def probe(model: PreTrainedModel, attention: str) -> bool:
     _check_head(model, tokens)
     model.train(was_training)
     return mask_free
+
+
+def _distinct_tokens(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
+    """`length` tokens and another for each, no two with the same embedding (rows that were never trained are often alike)."""
+    embedding = model.get_input_embeddings().weight
+    candidates = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(0))[: 64 * length]
+    _, kinds = torch.unique(embedding[candidates.to(embedding.device)], dim=0, return_inverse=True)
+    chosen = [(kinds == kind).nonzero()[0] for kind in kinds.unique()[: 2 * length]]
+    if len(chosen) < 2 * length:
+        raise ValueError(f"base={type(model).__name__}: its embedding has only {len(chosen)} different rows; wrong weights?")
+    return candidates[torch.cat(chosen).cpu()].to(model.device).chunk(2)
+
+
+def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout) -> Tensor:
+    """Hidden states in float32; ValueError where the model cannot take the mask, or computes nonsense."""
+    attention_mask(model.config, layout)  # where the kernel takes no mask, that is the reason to give
+    try:
+        hidden = hidden_states(model, tokens, layout).float()
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"base={type(model).__name__}: does not take an explicit attention mask ({reason})") from error
+    if not hidden.isfinite().all():
+        raise ValueError(f"base={type(model).__name__}: computes NaN or infinity in {model.dtype}; try another dtype, or mend it")
+    return hidden
 
 
 def _check_pattern(model: PreTrainedModel, attention: str, layout: Layout, moved: Tensor) -> None:

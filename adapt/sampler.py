@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .attention import PADDING_DOCUMENT, Layout
+from .attention import PADDING_DOCUMENT, Layout, layer_windows
 from .model import DiffusionLM, hidden_states, output_head
 
 
@@ -53,13 +53,13 @@ class GenerateOutput:
     sequences: Tensor
     """[B, L] prompt and what was written; after the first end-of-text only end-of-text"""
     num_tokens: Tensor
-    """[B] tokens written, without end-of-text and what follows it"""
+    """[B] tokens written (blanks filled), without end-of-text and what follows it"""
     nfe: int
     """forwards of the batch, the prompt's prefill included"""
     tpf: float
     """tokens written for each forward of a row, end-of-text not counted"""
     history: list[Tensor] = field(default_factory=list)
-    """[B, L] after each round, mask tokens where still blank; only with keep_history"""
+    """[B, L] at the start and after each round, mask tokens where still blank; only with keep_history"""
 
 
 class Streamer(Protocol):
@@ -87,7 +87,7 @@ def generate(
     Once an end-of-text is kept, what lies to its right is cut off. stop is asked about the tokens of a row that are settled
     from the left without a gap, after each round; True ends the row there. Greedy rows do not depend on their batch.
     """
-    _check_prompt(input_ids, attention_mask, max_new_tokens)
+    _check_prompt(lm, input_ids, attention_mask, max_new_tokens)
     lm_input = input_ids.to(lm.device)
     real = torch.ones_like(lm_input) if attention_mask is None else attention_mask.to(lm_input).long()
     canvas = torch.full((len(lm_input), max_new_tokens), lm.spec.mask_token_id, device=lm.device)
@@ -146,8 +146,14 @@ class _Refinement:
         self.tokens, self.is_blank, self.layout = tokens, is_blank, layout
         self.head = output_head(lm.model)
         self.keep_history, self.history = keep_history, [] if not keep_history else [tokens.clone()]
-        if lm.spec.shift_logits and is_blank[:, 0].any():
+        self.was_blank = is_blank.clone()
+        has_predictor = torch.nn.functional.pad(layout.document_ids[:, :-1] != PADDING_DOCUMENT, (1, 0))
+        if lm.spec.shift_logits and (is_blank & ~has_predictor).any():
             raise ValueError("infill: with shift_logits the first token of a text has no predictor; put a token before it")
+        windows = layer_windows(lm.model.config)
+        spans = windows.values() if isinstance(windows, dict) else [windows]
+        # Longer than the probe's row, a sliding window may be counted otherwise by the model than by our mask.
+        self.mask_free_length = min((span for span in spans if span is not None), default=tokens.shape[1])
 
     @torch.no_grad()
     def run(
@@ -182,7 +188,7 @@ class _Refinement:
             if self.keep_history:
                 self.history.append(self.tokens.clone())
             if self.streamer is not None:
-                self.streamer.put(self.tokens)
+                self.streamer.put(self.tokens.clone())
             going = self.is_blank[rows].any(1)
             if not going.all():
                 rows = rows[going]
@@ -194,9 +200,8 @@ class _Refinement:
         if self.streamer is not None:
             self.streamer.end()
         num_tokens = self._num_tokens(num_prompt, end_of_text)
-        return GenerateOutput(
-            self.tokens, num_tokens, nfe, float(num_tokens.sum() / row_nfe.sum().clamp(min=1)), self.history
-        )
+        tpf = int(num_tokens.sum()) / max(1, int(row_nfe.sum()))
+        return GenerateOutput(self.tokens, num_tokens, nfe, tpf, self.history)
 
     def _guess(
         self, rows: Tensor, start: int, width: int, cache: DynamicCache | None, before: Tensor | None
@@ -204,7 +209,8 @@ class _Refinement:
         """(token, its probability) for each column in [start, width) of the rows, [A, W]; probability -1 where not blank."""
         model = self.lm.model
         layout = Layout(*(x[rows, :width] for x in _parts(self.layout)))
-        unmasked = self.lm.mask_free and cache is None and bool((layout.document_ids != PADDING_DOCUMENT).all())
+        unpadded = bool((layout.document_ids != PADDING_DOCUMENT).all())
+        unmasked = self.lm.mask_free and cache is None and unpadded and width <= self.mask_free_length
         hidden = hidden_states(model, self.tokens[rows, start:width], None if unmasked else layout, cache=cache)
         if cache is not None:
             cache.crop(start - width)  # negative: forget that many of the newest
@@ -261,20 +267,29 @@ class _Refinement:
                 self.is_blank[row, num_prompt:] = False
 
     def _num_tokens(self, num_prompt: int, end_of_text: int | None) -> Tensor:
-        canvas = self.tokens[:, num_prompt:]
-        if end_of_text is None:
-            return (canvas == canvas).sum(1)
-        return ((canvas == end_of_text).cumsum(1) == 0).sum(1)
+        written = self.was_blank[:, num_prompt:]
+        if end_of_text is not None:
+            written = written & ((self.tokens[:, num_prompt:] == end_of_text).cumsum(1) == 0)
+        return written.sum(1)
 
 
 def _parts(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     return layout.document_ids, layout.view_ids, layout.position_ids
 
 
-def _check_prompt(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
+def _check_prompt(lm: DiffusionLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has the shape {list(input_ids.shape)}; needs [batch, at least one token]")
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise ValueError("attention_mask: prompts must be padded on the left, so that they all end where the canvas begins")
+    if lm.tokenizer.eos_token_id is None:
+        raise ValueError("checkpoint: its tokenizer has no end-of-text token, at which to stop; set its eos_token")
+    longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
+    limit = getattr(lm.model.config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: with the prompt's {longest} tokens that is more than the {limit} positions that the "
+            "model has; shorten one of them"
+        )

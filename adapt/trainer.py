@@ -9,37 +9,64 @@ the tokens of that whole global batch, so the curve is the same for any split ov
 
 from __future__ import annotations
 
+import importlib
+import json
+import logging
 import os
 import shutil
+import socket
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
+from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import SchedulerType, rotate_checkpoints, set_seed
+from transformers.training_args import OptimizerNames
 
+from . import lora
+from .arguments import wait_for_rank_zero
 from .attention import Layout
-from .checkpoint import DiffusionSpec, is_diffusion_checkpoint, load
+from .checkpoint import DiffusionSpec, check_model_folder, is_diffusion_checkpoint, load
 from .collate import Batch, Canvases, PackedRows, collate
-from .config import LoraConfig, Recipe, parse_recipe
+from .config import Recipe, TrainingConfig, parse_recipe
 from .conversion import convert
-from .data import load_examples
-from .metrics import MetricsFile, RunningMetrics
+from .data import lengths, load_examples, load_rows
+from .metrics import MetricsFile, Progress, RunningMetrics
 from .model import attach_loss
 from .objective import diffusion_loss
 from .packing import Packing
+from .resume import COMPLETE, newest_checkpoint, remove_unfinished
 
-COMPLETE = "COMPLETE"  # written last into a checkpoint; without it a kill has cut the save short
+_CAUSAL = DiffusionSpec(attention="prefix", mask_token_id=-1)  # for objective.name=ar, which lays no canvas and draws no noise
 
 
 class DiffusionTrainer(Trainer):
     """The Trainer with our loss, our normaliser, rows in their own order, and checkpoints that are whole or ignored."""
 
-    def __init__(self, recipe: Recipe, canvases: Canvases, num_examples: int, **kwargs) -> None:
-        super().__init__(data_collator=collate, **kwargs)
-        self.recipe, self.spec = recipe, canvases.spec
+    def __init__(self, recipe: Recipe, canvases: Canvases, longest_canvas: int, **kwargs) -> None:
+        # Compiled layers want one shape; otherwise a batch is as long as its longest row.
+        fixed_length = recipe.data.seq_len if recipe.model.torch_compile else None
+        super().__init__(data_collator=partial(collate, length=fixed_length), **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.recipe, self.spec, self.longest_canvas = recipe, canvases.spec, longest_canvas
         self.weight = "uniform" if canvases.is_ar else recipe.objective.weight
         self.loss_is_scaled_for_ga = True
         self.metrics = RunningMetrics(self.args.device)
@@ -51,7 +78,7 @@ class DiffusionTrainer(Trainer):
         nll = model(
             input_ids=inputs["input_ids"],
             layout=layout,
-            right_window=self._right_window(inputs["input_ids"].shape[1]),
+            right_window=self._right_window(),
             rows=inputs["rows"],
             targets=inputs["targets"],
         )
@@ -61,12 +88,12 @@ class DiffusionTrainer(Trainer):
         assert num_items_in_batch is not None
         return loss_sum * self.args.world_size / num_items_in_batch
 
-    def _right_window(self, length: int) -> int | None:
+    def _right_window(self) -> int | None:
         """Annealing, causal to bidirectional: how many tokens to its right a canvas token sees at this step; None = all."""
         steps = self.recipe.objective.anneal_steps
         if self.state.global_step >= steps:
             return None
-        return int(length * self.state.global_step / steps)
+        return self.longest_canvas * self.state.global_step // steps
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """Tokens that the loss of one optimizer step is divided by, over accumulation and ranks."""
@@ -80,15 +107,22 @@ class DiffusionTrainer(Trainer):
         return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        assert isinstance(self.train_dataset, PackedRows)
+        # The Trainer counts the run as one epoch; what a reader wants is passes over the data.
+        self.state.epoch = self.train_dataset.epochs(self.state.global_step * self.recipe.training.global_batch_size)
         if "loss" in logs:
-            logs = {**logs, **self.metrics.drain(self.accelerator)}
+            tokens_seen = next((line["tokens_seen"] for line in reversed(self.state.log_history) if "loss" in line), 0)
+            logs = {**logs, **self.metrics.drain(self.accelerator, int(tokens_seen))}
         super().log(logs, start_time)
+
+    def _get_output_dir(self, trial) -> str:
+        return os.path.join(self.args.output_dir, "checkpoints")
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every rank has written its shard of the optimizer
         if self.args.should_save:
-            run_dir = self._get_output_dir(trial=trial)
+            run_dir = self._get_output_dir(trial)
             (Path(run_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
             rotate_checkpoints(output_dir=run_dir, save_total_limit=self.recipe.training.keep_checkpoints)
 
@@ -100,65 +134,91 @@ def train(recipe: Recipe) -> Path:
     """
     output_dir = Path(recipe.training.output_dir)
     # 1. Everything that can be refused cheaply.
-    args = _training_arguments(recipe, output_dir / "checkpoints")
-    is_main = args.process_index == 0
     final = output_dir / "model"
     if final.exists():
         raise ValueError(f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder or remove it")
+    _check_base(recipe)
+    args = _training_arguments(recipe)
+    is_main = args.process_index == 0
+    checkpoint = newest_checkpoint(recipe, args.world_size)
+    with args.main_process_first(local=False, desc="read the data"):
+        rows = load_rows(recipe.data)
     # 2. The checkpoint: converted first if it is a causal LM, and probed.
-    with args.main_process_first(local=False, desc="convert"):
+    with args.main_process_first(local=False, desc="convert"), _whole_weights(args):
         folder = _diffusion_checkpoint(recipe, output_dir, is_main)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # 3. The data, as rows in the order of the run.
-    with args.main_process_first(local=False, desc="tokenise"):
-        examples = load_examples(recipe.data, tokenizer, is_main_process=is_main)
-    args.deepspeed = _deepspeed(recipe, args)  # from here on, from_pretrained scatters weights under ZeRO-3
-    args.__post_init__()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
-    )
-    spec = DiffusionSpec.of(model.config, folder)
+    spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
     canvases = Canvases(
         spec, recipe.noise, recipe.objective, recipe.data.canvas_length, tokenizer.eos_token_id, recipe.training.seed
     )
-    lengths = [np.array([len(ids) for ids in examples[column]]) for column in ("context", "target")]
-    packing = Packing(canvases.sizes(*lengths), recipe.data.seq_len, recipe.training.seed)
-    num_steps = recipe.training.num_steps or packing.num_rows(recipe.training.num_epochs or 0) // recipe.training.global_batch_size
-    if num_steps == 0:
-        raise ValueError(
-            f"training.num_epochs={recipe.training.num_epochs}: the data has {packing.num_rows(1)} packed rows an epoch, fewer "
-            f"than training.global_batch_size={recipe.training.global_batch_size}; lower it, or set training.num_steps"
-        )
-    args.max_steps = num_steps
-    rows = PackedRows(examples, packing, canvases, num_steps * recipe.training.global_batch_size)
+    # 3. The data, as rows in the order of the run.
+    with args.main_process_first(local=False, desc="tokenise"):
+        examples = load_examples(recipe.data, tokenizer, rows=rows, views=canvases.views, is_main_process=is_main)
+    dataset, longest_canvas = _packed_rows(recipe, canvases, examples)
+    args.max_steps = len(dataset) // recipe.training.global_batch_size
+    _check_schedule(recipe.training, args.max_steps)
     # 4. The loop.
+    model = _prepared(folder, recipe, spec, args)
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         recipe.save(output_dir / "config.yaml")
+        remove_unfinished(output_dir)
+        print(_summary(dataset, checkpoint, args), file=sys.stderr)
     trainer = DiffusionTrainer(
         recipe,
         canvases,
-        len(examples),
-        model=_prepared(model, recipe, spec),
+        longest_canvas,
+        model=model,
         args=args,
-        train_dataset=rows,
+        train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(output_dir / "metrics.jsonl")],
+        callbacks=[MetricsFile(output_dir / "metrics.jsonl"), Progress()],
     )
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(output_dir / "checkpoints") if recipe.training.resume else None)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _save_final(trainer, folder, final)
     return final
 
 
-def _training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
+def _packed_rows(recipe: Recipe, canvases: Canvases, examples: Dataset) -> tuple[PackedRows, int]:
+    """(the rows that the run reads; tokens of the longest stretch in which attention is bidirectional)."""
+    ours = recipe.training
+    sizes = canvases.sizes(lengths(examples, "context"), lengths(examples, "target"))
+    packing = Packing(sizes.total, recipe.data.seq_len, ours.seed)
+    num_steps = ours.num_steps or packing.num_rows(ours.num_epochs or 0) // ours.global_batch_size
+    if num_steps == 0:
+        raise ValueError(
+            f"training.num_epochs={ours.num_epochs}: the data has {packing.num_rows(1)} packed rows an epoch, too few for one "
+            f"step of training.global_batch_size={ours.global_batch_size}; lower it, or set training.num_steps"
+        )
+    return PackedRows(examples, packing, canvases, num_steps * ours.global_batch_size), int(sizes.canvas.max())
+
+
+def _summary(rows: PackedRows, checkpoint: Path | None, args: TrainingArguments) -> str:
+    packing = rows.packing
+    per_epoch = packing.num_rows(1)
+    fill = packing.sizes.sum() / (per_epoch * packing.seq_len)
+    how = f"from step {checkpoint.name.rsplit('-', 1)[1]} ({checkpoint})" if checkpoint else "from the start"
+    return (
+        f"{len(packing.sizes):,} examples in {per_epoch:,} rows of {packing.seq_len} tokens ({fill:.0%} full); "
+        f"{args.max_steps:,} steps of {len(rows) // args.max_steps} rows on {args.world_size} ranks, {how}"
+    )
+
+
+def _training_arguments(recipe: Recipe) -> TrainingArguments:
     ours = recipe.training
     set_seed(ours.seed)
+    for tracker in ours.report_to:
+        importlib.import_module(tracker)
+    _check_known("training.lr_scheduler", ours.lr_scheduler, [kind.value for kind in SchedulerType])
+    _check_known("training.optimizer", ours.optimizer, [kind.value for kind in OptimizerNames])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return TrainingArguments(
-        output_dir=str(checkpoints),
+    accumulation_steps = ours.accumulation_steps(world_size)
+    args = TrainingArguments(
+        output_dir=ours.output_dir,
         max_steps=ours.num_steps or 1,
         per_device_train_batch_size=ours.micro_batch_size,
-        gradient_accumulation_steps=ours.accumulation_steps(world_size),
+        gradient_accumulation_steps=accumulation_steps,
+        deepspeed=_deepspeed(ours, accumulation_steps),
         learning_rate=ours.learning_rate,
         lr_scheduler_type=ours.lr_scheduler,
         lr_scheduler_kwargs=ours.lr_scheduler_options or None,
@@ -175,46 +235,108 @@ def _training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         save_strategy="steps" if ours.save_steps else "no",
         save_steps=ours.save_steps or 500,
         report_to=ours.report_to or "none",
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.model.gradient_checkpointing else None,
         dataloader_num_workers=recipe.data.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["targets"],
         remove_unused_columns=False,
+        disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         ddp_backend=None if torch.cuda.is_available() or world_size == 1 else "gloo",
     )
+    args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU: never transformers' nn.DataParallel over all it sees
+    return args
 
 
-def _deepspeed(recipe: Recipe, args: TrainingArguments) -> dict | None:
+def _check_known(setting: str, value: str, allowed: list[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{setting}={value}: choose one of {', '.join(sorted(allowed))}")
+
+
+def _check_schedule(ours: TrainingConfig, num_steps: int) -> None:
+    """ValueError if the schedule refuses its options, which else shows only when all weights are loaded."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=ours.learning_rate)
+    try:
+        transformers.get_scheduler(
+            ours.lr_scheduler, optimizer, ours.warmup_steps, num_steps, scheduler_specific_kwargs=ours.lr_scheduler_options
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_options={ours.lr_scheduler_options}: training.lr_scheduler={ours.lr_scheduler} does not take "
+            f"them, or needs others: {error}"
+        ) from error
+
+
+def _deepspeed(ours: TrainingConfig, accumulation_steps: int) -> dict | None:
     """The DeepSpeed config as the recipe wants it; ValueError where the JSON sets what the recipe owns to something else."""
-    if recipe.training.deepspeed is None:
+    if ours.deepspeed is None:
         return None
-    from adapt_launch import check_ds_config
-
-    ours = recipe.training
-    return check_ds_config(
+    # adapt_launch is the folder launch/ beside adapt/, under the name that it is installed as.
+    config = importlib.import_module("adapt_launch").check_ds_config(
         ours.deepspeed,
         {
             "train_batch_size": ("training.global_batch_size", ours.global_batch_size),
             "train_micro_batch_size_per_gpu": ("training.micro_batch_size", ours.micro_batch_size),
-            "gradient_accumulation_steps": ("training.global_batch_size", args.gradient_accumulation_steps),
+            "gradient_accumulation_steps": ("training.global_batch_size", accumulation_steps),
             "gradient_clipping": ("training.max_grad_norm", ours.max_grad_norm),
             "bf16.enabled": ("training.precision", ours.precision == "bf16"),
             "optimizer.params.lr": ("training.learning_rate", ours.learning_rate),
             "optimizer.params.weight_decay": ("training.weight_decay", ours.weight_decay),
         },
     )
+    import deepspeed
+
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    if "MASTER_PORT" not in os.environ:
+        alone["MASTER_PORT"] = _free_port()
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))  # one process, started without the launcher
+    # Before ZeRO-3 scatters weights: accelerate initialises torch's process group on CPU, but not DeepSpeed's view of it.
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return config
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def _whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """Inside, from_pretrained loads whole weights on this rank; under ZeRO-3 it would scatter them over the ranks."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed is not None:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+def _check_base(recipe: Recipe) -> None:
+    base = recipe.model.base
+    if not base.endswith(".gguf"):
+        check_model_folder(base, "model.base")
+    if recipe.objective.name != "ar" or not is_diffusion_checkpoint(base):
+        return
+    section = json.loads((Path(base) / "config.json").read_text())["diffusion"]
+    if section.get("attention") == "bidirectional":
+        raise ValueError(
+            f"objective.name=ar: model.base={base} is a bidirectional diffusion checkpoint, which a plain load does not run "
+            f"causally; give the causal LM that it came from ({section.get('base_model')})"
+        )
 
 
 def _diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Path:
     """The folder to train from. Rank 0 converts or probes; the others come after it and read what it left."""
     base, kernel = recipe.model.base, recipe.model.attn_implementation
+    if recipe.objective.name == "ar":  # the control arm: the causal LM as it is
+        return Path(base)
     if is_diffusion_checkpoint(base):
         if is_main:
             load(base, device="cpu", attn_implementation=kernel)
         return Path(base)
     converted = output_dir / "converted"
-    if is_main and not converted.exists():
+    if not converted.exists() and is_main:
         convert(
             base,
             converted,
@@ -223,73 +345,94 @@ def _diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pa
             shift_logits=recipe.model.shift_logits,
             attn_implementation=kernel,
         )
+    spec = DiffusionSpec.of(AutoConfig.from_pretrained(converted), converted)
+    wanted = {"base": ("base_model", base), "attention": ("attention", recipe.model.attention)}
+    wanted["shift_logits"] = ("shift_logits", recipe.model.shift_logits)
+    for setting, (name, value) in wanted.items():
+        if getattr(spec, name) != value:
+            raise ValueError(
+                f"model.{setting}={value}: {converted} was converted earlier with {getattr(spec, name)}; remove it, or choose "
+                "another training.output_dir"
+            )
     return converted
 
 
-def _prepared(model: PreTrainedModel, recipe: Recipe, spec: DiffusionSpec):
-    """The model with its loss attached, compiled and wrapped in adapters as the recipe says."""
-    model.config.use_cache = False
-    attach_loss(model)
-    if recipe.model.torch_compile:
-        model.base_model.compile(dynamic=True)
-    return _with_lora(model, recipe.model.lora, spec) if recipe.model.lora else model
-
-
-def _with_lora(model: PreTrainedModel, lora: LoraConfig, spec: DiffusionSpec):
-    import peft
-
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding).rsplit(".", 1)[-1]
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            trainable_token_indices={name: [spec.mask_token_id]},
-        ),
+def _prepared(folder: Path, recipe: Recipe, spec: DiffusionSpec, args: TrainingArguments):
+    """The model with its loss attached, wrapped in adapters and compiled as the recipe says."""
+    ours = recipe.model
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=ours.attn_implementation, output_loading_info=True
     )
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        raise ValueError(f"model.base={ours.base}: has no weights for {', '.join(absent[:3])}; it is not complete")
+    model.config.use_cache = False
+    # Some models ship a generation config that transformers refuses to write again; the base's file is copied at the end.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    attach_loss(model)
+    if ours.gradient_checkpointing:
+        # transformers 5.23 deprecates the name that 5.2 knows
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if ours.torch_compile:
+        _compile_layers(model)
+    if ours.lora is None:
+        return model
+    set_seed(recipe.training.seed)  # the same adapters, whatever drew random numbers before
+    with _whole_weights(args):
+        return lora.add_adapters(model, ours.lora, None if recipe.objective.name == "ar" else spec.mask_token_id)
 
 
-def _newest_checkpoint(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was saved to its end; those that a kill cut short are removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    whole = [path for path in found if (path / COMPLETE).is_file()]
-    if int(os.environ.get("RANK", "0")) == 0:
-        for path in set(found) - set(whole):
-            shutil.rmtree(path, ignore_errors=True)
-    return str(whole[-1]) if whole else None
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Compiles each decoder layer: they share one compilation, seconds instead of the minutes of the whole model."""
+    num_layers = model.config.num_hidden_layers
+    lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers]
+    if not lists:
+        raise ValueError(f"model.torch_compile=true: found no list of {num_layers} decoder layers in {type(model).__name__}")
+    for layer in lists[0]:
+        layer.compile(dynamic=False)  # rows are padded to seq_len, so there is one shape
 
 
 def _save_final(trainer: DiffusionTrainer, base_folder: Path, final: Path) -> None:
     """Writes the Hugging Face folder beside and renames it; adapters are kept in adapter/ and merged into the model."""
-    is_lora = trainer.recipe.model.lora is not None
-    staged = final.with_name(f".{final.name}.incomplete")
-    adapter = final.with_name("adapter")
+    ours = trainer.recipe
+    dtype = torch.bfloat16 if ours.training.precision == "bf16" else torch.float32
+    staged, adapter = final.with_name(f".{final.name}.incomplete"), final.with_name("adapter")
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     unwrapped.config.use_cache = True
-    trainer.save_model(str(adapter if is_lora else staged))  # on every rank: ZeRO-3 gathers here
+    if ours.model.lora is None and ours.training.deepspeed is None:
+        unwrapped.to(dtype)  # autocast has kept it in float32; DeepSpeed has cast it already
+    trainer.save_model(str(adapter if ours.model.lora else staged))  # on every rank: ZeRO-3 gathers here
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        if is_lora:
-            _merge_adapter(base_folder, adapter, staged)
+        if ours.model.lora:
+            with _whole_weights(trainer.args):
+                lora.merge(base_folder, adapter, staged, dtype)
+            trainer.processing_class.save_pretrained(staged)
+        if (base_folder / "generation_config.json").is_file():
+            shutil.copyfile(base_folder / "generation_config.json", staged / "generation_config.json")
+        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle of this machine's settings; config.yaml says more
         staged.rename(final)
     trainer.accelerator.wait_for_everyone()
 
 
-def _merge_adapter(base_folder: Path, adapter: Path, out: Path) -> None:
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # or ZeRO-3 would scatter these weights too
-    lm = load(base_folder, adapter=adapter, device="cpu")
-    lm.model.save_pretrained(out)
-    lm.tokenizer.save_pretrained(out)
+def _quiet_libraries() -> None:
+    """Leaves the console to us: one bar, and one line for what happens, on rank 0."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("accelerate", "bitsandbytes", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|accelerate|peft")
 
 
 def main(argv: list[str]) -> None:
     """The `adapt train` command, and what `recipes/train.py` runs on every rank."""
-    final = train(parse_recipe(argv, __doc__))
+    _quiet_libraries()
+    try:
+        final = train(parse_recipe(argv, __doc__))
+    except Exception:
+        wait_for_rank_zero()
+        raise
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{final}", file=sys.stderr)

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
@@ -23,12 +23,11 @@ SINGLE = "model.safetensors"
 
 def shards(folder: Path) -> dict[str, list[str]]:
     """{safetensors file name: names of its tensors}. Raises ValueError if there are none, or if a shard is missing."""
-    if (folder / INDEX).is_file():
-        index: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        files = sorted(set(index.values()))
+    if (folder / SINGLE).is_file():  # where both are there, transformers reads the single file too
+        files = [SINGLE]
+    elif (folder / INDEX).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     else:
-        index, files = {}, [SINGLE] if (folder / SINGLE).is_file() else []
-    if not files:
         raise ValueError(
             f"base={folder}: no {SINGLE} or {INDEX} in it; pickled weights are not read, convert them to safetensors first"
         )
@@ -77,25 +76,29 @@ def copy(source: Path, out: Path, rewrite: Mapping[str, Callable[[Tensor], Tenso
             _copy_shard(source / file, out / file, rewrite)
         else:
             shutil.copyfile(source / file, out / file)
-    if (source / INDEX).is_file():
+    if not (out / SINGLE).is_file():
         index = json.loads((source / INDEX).read_text())
-        index.setdefault("metadata", {})["total_size"] = sum(
-            end - start for file in shards(out) for start, end in (t["data_offsets"] for t in _header(out / file)[0].values())
-        )
+        tensors = [tensor for file in set(index["weight_map"].values()) for tensor in _header(out / file)[0].values()]
+        total_size = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_size}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _header(path: Path) -> tuple[dict[str, dict], dict]:
     """({tensor name: dtype, shape, data_offsets}, {metadata, first data byte}) of a safetensors file."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return header, {"metadata": header.pop("__metadata__", None), "start": 8 + length}
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) if 2 <= length <= size - 8 else {}  # a git-lfs pointer claims exabytes
+    metadata = header.pop("__metadata__", None)
+    if max((tensor["data_offsets"][1] for tensor in header.values()), default=0) != size - 8 - length:
+        raise ValueError(f"base={path}: not a safetensors file, or cut short; download the model again")
+    return header, {"metadata": metadata, "start": 8 + length}
 
 
 def _copy_shard(source: Path, out: Path, rewrite: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
     header, about = _header(source)
-    in_order = sorted(header, key=lambda name: header[name]["data_offsets"][0])
+    in_order = sorted(header, key=lambda name: header[name]["data_offsets"])
     rewritten: dict[str, bytes] = {}
     with safe_open(source, framework="pt") as tensors:
         for name in in_order:
@@ -125,7 +128,6 @@ def _copy_shard(source: Path, out: Path, rewrite: Mapping[str, Callable[[Tensor]
 def _copy_bytes(read, write, size: int, chunk: int = 16 << 20) -> None:
     while size > 0:
         piece = read.read(min(chunk, size))
-        if not piece:
-            raise ValueError("base: a safetensors file ends before its header says; download the model again")
+        assert piece, "_header has held the offsets against the size of the file"
         write.write(piece)
         size -= len(piece)

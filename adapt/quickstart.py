@@ -1,0 +1,181 @@
+"""The whole path once, for real, on a laptop CPU: a causal LM becomes a diffusion LM and is compared with the original.
+
+    adapt quickstart                     # SmolLM2-135M-Instruct, about 20 minutes on 2 cores; a GPU is used if there is one
+    adapt quickstart --fast              # the same on a tiny random model, under 2 minutes: proves the path, not the method
+
+The task is structured extraction: a sentence or two in, a JSON object out. Three arms stand in the report: the original with
+examples in its prompt, the original fine-tuned autoregressively on the training data (control), and the adapted model,
+trained on the same data with the recipes in recipes/quickstart/.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .arguments import CommandParser
+from .conversion import convert
+from .extraction import TASK, write_dataset
+from .sampler import SamplerConfig
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the quickstart is."""
+
+    num_train: int
+    num_test: int
+    base_shots: int
+    """examples in the original's prompt"""
+    speed_prompts: int
+    speed_repeats: int
+    overrides: tuple[str, ...] = ()
+    """of both recipes"""
+
+
+FULL = Scale(num_train=4000, num_test=200, base_shots=4, speed_prompts=16, speed_repeats=3)
+FAST = Scale(
+    num_train=200,
+    num_test=16,
+    base_shots=1,
+    speed_prompts=4,
+    speed_repeats=1,
+    overrides=("--training.num_epochs", "1", "--model.torch_compile", "false"),
+)
+
+
+def quickstart(out: Path, *, fast: bool = False, seed: int = 0) -> dict:
+    """Runs all steps into the folder `out`, which a later run continues or reuses, and returns the report."""
+    scale = FAST if fast else FULL
+    started = time.perf_counter()
+
+    def step(number: int, what: str) -> None:
+        minutes, seconds = divmod(int(time.perf_counter() - started), 60)
+        print(f"\n== {number}/6 {what}   [{minutes}:{seconds:02d}]", file=sys.stderr, flush=True)
+
+    out.mkdir(parents=True, exist_ok=True)
+    step(1, "the base model")
+    base = out / "base"
+    if not base.exists():
+        _tiny_base(base, out) if fast else _smollm2(base)
+    step(2, f"the data: {scale.num_train} training and {scale.num_test} test examples of sentence -> JSON")
+    data = write_dataset(out / "data", train=scale.num_train, test=scale.num_test, seed=seed)
+    step(3, "convert: prefix attention, a mask token")
+    init = out / "adapted-init"
+    if not init.exists():
+        convert(base, init, attention="prefix", shift_logits=True)
+    step(4, "train the adapted arm: masked diffusion")
+    adapted = _train("adapted", init, out, scale, seed)
+    step(5, "train the control arm: the same data, autoregressively")
+    control = _train("control", base, out, scale, seed)
+    step(6, "compare: original, control and adapted, quality and speed")
+    # adapt_eval sits beside adapt, and brings lm-eval with it: only this step needs it.
+    compare = importlib.import_module("adapt_eval.compare").compare
+    return compare(
+        base,
+        adapted,
+        control=control,
+        tasks=[TASK],
+        include_path=data,
+        out=out / "report",
+        base_num_fewshot=scale.base_shots,
+        num_fewshot=0,
+        sampler=SamplerConfig(threshold=0.9),
+        speed_prompts=scale.speed_prompts,
+        speed_repeats=scale.speed_repeats,
+        dtype="float32" if fast else "bfloat16",
+        seed=seed,
+        overwrite=True,
+        command="adapt quickstart" + (" --fast" if fast else ""),
+    )
+
+
+def _smollm2(base: Path) -> None:
+    from .gguf_source import fetch_smollm2, gguf_to_folder
+
+    gguf_to_folder(fetch_smollm2(), base)
+
+
+def _tiny_base(base: Path, out: Path) -> None:
+    """A random Llama of 0.2 M parameters with a tokenizer trained on the task's own text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    text = (write_dataset(out / "data", train=500, test=1, seed=0) / "train.jsonl").read_text()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(wrapped),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            eos_token_id=wrapped.eos_token_id,
+            pad_token_id=wrapped.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(base)
+    wrapped.save_pretrained(base)
+
+
+def _train(arm: str, init: Path, out: Path, scale: Scale, seed: int) -> Path:
+    """Launches recipes/train.py with deepspeed, as a user would; returns the trained model's folder."""
+    final = out / arm / "model"
+    if final.exists():
+        print(f"{final} is there already: reused", file=sys.stderr)
+        return final
+    recipes = Path(importlib.import_module("adapt_recipes").__file__ or "").parent
+    num_gpus = torch.cuda.device_count()
+    scripts = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
+    if num_gpus == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))  # one rank has all cores
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(recipes / "train.py")),
+        *("--config", str(recipes / "quickstart" / f"{arm}.yaml")),
+        *("--model.base", str(init)),
+        *("--data.train", str(out / "data" / "train.jsonl")),
+        *("--training.output_dir", str(out / arm)),
+        *("--training.seed", str(seed)),
+        *scale.overrides,
+    ]
+    print("$ " + " ".join(command[2:]), file=sys.stderr, flush=True)
+    if subprocess.run(command, env=environment).returncode != 0:
+        raise ValueError(f"quickstart: training the {arm} arm failed; its reason stands above")
+    return final
+
+
+def main(argv: list[str]) -> None:
+    """The `adapt quickstart` command."""
+    parser = CommandParser(prog="adapt quickstart", description=__doc__)
+    parser.add_argument("--out", type=str | None, default=None, help="folder for everything; default quickstart[-fast]")
+    parser.add_argument("--fast", action="store_true", help="a tiny random model instead of SmolLM2")
+    parser.add_argument("--seed", type=int, default=0, help="keys data, noise and sampling")
+    parser.add_argument("--fresh", action="store_true", help="start again instead of reusing what an earlier run left")
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out or ("quickstart-fast" if arguments.fast else "quickstart"))
+    if arguments.fresh and out.exists():
+        if not (out / "data").is_dir():
+            raise ValueError(f"out={out}: is not a quickstart's folder, so --fresh does not remove it")
+        shutil.rmtree(out)
+    quickstart(out, fast=arguments.fast, seed=arguments.seed)

@@ -1,0 +1,310 @@
+"""Compare an adapted model with its original: quality by lm-eval, speed measured side by side, one report.
+
+examples:
+  adapt compare --base HuggingFaceTB/SmolLM2-135M-Instruct --adapted out/adapted --tasks gsm8k --out out/report
+  adapt compare --base base --adapted out/adapted --control out/control --tasks my_task --include_path tasks \\
+      --limit 200 --base_num_fewshot 5 --sampler.threshold 0.8 --sweep 0.5,0.7,0.9 --out out/report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import adapt
+from adapt.arguments import CommandParser
+from adapt.checkpoint import check_model_folder, is_diffusion_checkpoint
+
+from . import provenance, speed
+from .caveats import caveats
+from .heldout import likelihood_row, texts_of
+from .lm import AdaptLM
+from .pareto import arm_points, sweep_point
+from .quality import evaluate, find_tasks, quality_rows, quiet
+from .report import refuse_existing, write_report
+from .speed_arms import choose_prompts, model_of, speed_arm
+from .words import headline, terminal_table
+
+_HFLM: Any = HFLM  # lm-eval's decorator hides the class from type checkers
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def compare(
+    base: str | Path,
+    adapted: str | Path,
+    *,
+    tasks: Sequence[str],
+    out: str | Path,
+    control: str | Path | None = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    base_num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    batch_size: int = 8,
+    sampler: adapt.SamplerConfig | None = None,
+    sweep: Sequence[float] = (),
+    mc_samples: int = 32,
+    corpus: str | Path | None = None,
+    corpus_tokens: int = 4096,
+    speed_prompts: int = 16,
+    speed_batch_sizes: Sequence[int] = (1, 8),
+    speed_repeats: int = 3,
+    dtype: str | None = None,
+    device: str | None = None,
+    attn_implementation: str = "sdpa",
+    seed: int = 1234,
+    overwrite: bool = False,
+    progress: bool = True,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """The report (DESIGN.md 4.4), which is also written to `out` as JSON, Markdown and HTML with lm-eval's samples.
+
+    base, control: causal LMs; adapted: a diffusion checkpoint. All arms stand in one process with one dtype, device and
+    attention kernel. base_num_fewshot: examples in the original's prompt alone. sweep: more thresholds for the
+    quality-speed curve. speed_repeats: rounds, 0 = do not measure. dtype: default float32 on CPU, bfloat16 on CUDA.
+    Raises ValueError for what the user can mend, before any model is loaded where that can be known.
+    """
+    started, sampler = time.time(), sampler or adapt.SamplerConfig()
+    _check_numbers(limit, batch_size, speed_prompts, speed_batch_sizes, speed_repeats, sweep)
+    refuse_existing(out, overwrite)
+    folders = {"base": base, "control": control, "adapted": adapted}
+    folders = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
+    for arm, folder in folders.items():
+        _check_folder(arm, folder)
+    if corpus is not None:
+        next(texts_of(corpus), None)  # refuses a missing file now, not after an hour
+    where, as_dtype = _device(device), _dtype(dtype, device)
+    manager = find_tasks(tasks, include_path)
+
+    def say(what: str) -> None:
+        if progress:
+            tqdm.write(what, file=sys.stderr)
+
+    # 1. Load all arms: they take turns later, so they stand side by side.
+    say(f"compare: loading {', '.join(folders)} ({str(as_dtype).removeprefix('torch.')}, {where})")
+    options = {"dtype": as_dtype, "attn_implementation": attn_implementation}
+    lms: dict[str, Any] = {}
+    for arm, folder in folders.items():
+        if arm == "adapted":
+            lm = adapt.load(folder, dtype=as_dtype, device=where, attn_implementation=attn_implementation)
+            lms[arm] = AdaptLM(
+                lm, batch_size=batch_size, sampler=sampler, mc_samples=mc_samples, seed=seed, progress=progress
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+            model.to(where)  # pyright: ignore[reportArgumentType]
+            with quiet("lm_eval"):
+                lms[arm] = _HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size)
+
+    # 2. Quality: each arm through lm-eval.
+    shots = {"base": num_fewshot if base_num_fewshot is None else base_num_fewshot}
+    settings = {"limit": limit, "seed": seed, "apply_chat_template": apply_chat_template}
+    results: dict[str, dict[str, Any]] = {}
+    for number, (arm, lm) in enumerate(lms.items(), 1):
+        say(f"compare: quality of {arm} ({number} of {len(lms)}) on {', '.join(tasks)}")
+        results[arm] = evaluate(lm, manager, tasks, num_fewshot=shots.get(arm, num_fewshot), **settings)
+    quality, warnings = quality_rows(results, seed=seed)
+
+    # 3. Speed: all arms take turns on the same items' prompts.
+    prompts = choose_prompts(results, speed_prompts, lms["adapted"])
+    rows: list[dict[str, Any]] = []
+    tokenizer = lms["base"].tokenizer
+    if speed_repeats and prompts is not None:
+        say(f"compare: speed at batch size {', '.join(map(str, speed_batch_sizes))}, {speed_repeats} rounds")
+        arms = [speed_arm(arm, lm, prompts, sampler, seed) for arm, lm in lms.items()]
+        rows = speed.measure(
+            arms, tokenizer=tokenizer, batch_sizes=speed_batch_sizes, repeats=speed_repeats, progress=progress
+        )
+
+    # 4. The quality-speed curve, and the likelihood of held-out text.
+    report: dict[str, Any] = {"quality": quality, "speed": rows}
+    pareto = arm_points(report)
+    for threshold in sweep if prompts is not None else ():
+        assert prompts is not None
+        say(f"compare: sweep, threshold={threshold:g}")
+        pareto += sweep_point(report, lms["adapted"], threshold, prompts, results, manager, settings, num_fewshot,
+                               tokenizer, speed_repeats, progress)  # fmt: skip
+    likelihood = []
+    if corpus is not None:
+        likelihood.append(
+            likelihood_row(
+                corpus, lms["base"].model, lms["adapted"].lm, tokenizer, max_tokens=corpus_tokens,
+                num_samples=mc_samples, seed=seed, progress=progress,
+            )
+        )  # fmt: skip
+
+    # 5. What the numbers are worth, where they come from, and the report.
+    measured = {r["batch_size"] for r in rows}
+    warnings = caveats(
+        quality=quality,
+        speed=rows,
+        results=results,
+        limit=limit,
+        device=where.type,
+        threads=torch.get_num_threads(),
+        mc_samples=mc_samples,
+        temperature=sampler.temperature,
+        sampled_tasks=_sampled(results),
+        untemplated_chat=not apply_chat_template and bool(getattr(tokenizer, "chat_template", None)),
+        speed_prompts=len(prompts.texts["adapted"]) if prompts else 0,
+        skipped_batch_sizes=[b for b in speed_batch_sizes if rows and b not in measured],
+        fallback_prompts=bool(prompts and prompts.fallback),
+    ) + _tokenizers_differ(results, lms) + warnings  # fmt: skip
+    sources = {
+        "command": command or "adapt_eval.compare.compare(...)",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git_revision": provenance.git_revision(),
+        "versions": provenance.versions(),
+        "hardware": speed.hardware(where),
+        "device": str(where),
+        "dtype": str(as_dtype).removeprefix("torch."),
+        "attention_kernel": attn_implementation,
+        "seed": seed,
+        "sampler": dataclasses.asdict(sampler),
+        "mc_samples": mc_samples,
+        "batch_size": batch_size,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        "tasks": provenance.task_settings(results),
+        "arms": {a: provenance.checkpoint(f, model_of(lms[a])) for a, f in folders.items()},
+        "speed_settings": None if prompts is None else {**prompts._asdict(), "texts": len(prompts.texts["adapted"])},
+        "adapted_counters": dict(lms["adapted"].counters),
+        "wall_seconds": round(time.time() - started, 1),
+    }
+    report = {
+        "provenance": sources, "quality": quality, "likelihood": likelihood, "speed": rows, "pareto": pareto,
+        "warnings": warnings,
+    }  # fmt: skip
+    write_report(report, out, samples={arm: r["samples"] for arm, r in results.items()}, overwrite=overwrite)
+    return report
+
+
+# -- before the long work ---------------------------------------------------------------------------------------------
+
+
+def _check_numbers(
+    limit: int | None, batch_size: int, prompts: int, sizes: Sequence[int], repeats: int, sweep: Sequence[float]
+) -> None:
+    for setting, value, least in (
+        ("limit", limit, 1), ("batch_size", batch_size, 1), ("speed_prompts", prompts, 1),
+        ("speed_repeats", repeats, 0),
+        *(("speed_batch_sizes", size, 1) for size in sizes),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise ValueError(f"{setting}={value}: give a whole number of at least {least}")
+    for threshold in sweep:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"sweep={threshold}: thresholds lie above 0 and up to 1")
+
+
+def _check_folder(arm: str, folder: str) -> None:
+    try:
+        check_model_folder(folder)
+    except ValueError as error:
+        raise ValueError(str(error).replace("checkpoint=", f"{arm}=", 1)) from None
+    diffusion = is_diffusion_checkpoint(folder)
+    if diffusion and arm != "adapted":
+        raise ValueError(f"{arm}={folder}: is a diffusion checkpoint; give the causal LM that writes left to right")
+    if not diffusion and arm == "adapted" and Path(folder).is_dir():
+        raise ValueError(f"adapted={folder}: no diffusion checkpoint; make one with `adapt convert {folder} OUT`")
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device}: give cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch finds no CUDA device here; use cpu")
+    return found
+
+
+def _dtype(dtype: str | None, device: str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(_DTYPES))}; all arms run in the same")
+    return _DTYPES[dtype]
+
+
+def _sampled(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    configs = results["adapted"]["configs"]
+    return [t for t in results["adapted"]["samples"] if (configs[t].get("generation_kwargs") or {}).get("do_sample")]
+
+
+def _tokenizers_differ(results: Mapping[str, Mapping[str, Any]], lms: Mapping[str, Any]) -> list[str]:
+    task, samples = next(iter(results["adapted"]["samples"].items()))
+    text = str(samples[0]["arguments"][0][0])
+    ours = lms["adapted"].tok_encode(text)
+    return [
+        f"The tokenizer of {arm} cuts the first prompt of {task} into other tokens than the adapted model's."
+        for arm, lm in lms.items()
+        if lm.tok_encode(text) != ours
+    ]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def _split(text: str, setting: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{setting}={text}: give numbers with commas between them, such as 1,8") from None
+
+
+def main(argv: list[str]) -> int:
+    """The `adapt compare` command: progress to stderr, then the table and the report's path."""
+    parser = CommandParser(prog="adapt compare", description=__doc__)
+    add = parser.add_argument
+    add("--base", type=str, required=True, help="the original: Hub id or folder of a causal LM")
+    add("--adapted", type=str, required=True, help="the diffusion checkpoint")
+    add(
+        "--control", type=str | None, default=None, help="the original trained further left to right on the same tokens"
+    )
+    add("--tasks", type=str, required=True, help="lm-eval tasks, with commas between them")
+    add("--out", type=str, required=True, help="new folder for the report")
+    add("--include_path", type=str | None, default=None, help="folder with own lm-eval task YAMLs")
+    add("--limit", type=int | None, default=None, help="first items of each task only")
+    add("--num_fewshot", type=int | None, default=None, help="examples in the prompt, for all arms")
+    add("--base_num_fewshot", type=int | None, default=None, help="examples in the original's prompt alone")
+    add("--apply_chat_template", type=bool, default=False, help="prompts as chats, by each tokenizer's template")
+    add("--batch_size", type=int, default=8, help="rows per batch when scoring quality")
+    add("--sampler", type=adapt.SamplerConfig, default=adapt.SamplerConfig(), help="of the adapted model")
+    add("--sweep", type=str, default="", help="more confidence thresholds for the quality-speed curve: 0.5,0.7")
+    add("--mc_samples", type=int, default=32, help="Monte-Carlo samples per likelihood")
+    add("--corpus", type=str | None, default=None, help="held-out text (.txt, .jsonl, .gz) for the likelihood section")
+    add("--corpus_tokens", type=int, default=4096, help="tokens of it")
+    add("--speed_prompts", type=int, default=16, help="prompts that speed is measured on")
+    add("--speed_batch_sizes", type=str, default="1,8", help="with commas between them")
+    add("--speed_repeats", type=int, default=3, help="rounds; 0 = do not measure speed")
+    add("--dtype", type=str | None, default=None, help="of all arms: bfloat16, float16, float32 (default by device)")
+    add("--device", type=str | None, default=None, help="cpu, cuda or cuda:N (default: CUDA if there is one)")
+    add("--attn_implementation", type=str, default="sdpa", help="attention kernel of all arms")
+    add("--seed", type=int, default=1234, help="of examples, sampling, Monte Carlo and bootstrap")
+    add("--overwrite", action="store_true", help="replace the report in --out")
+    options = vars(parser.instantiate(parser.parse_args(argv)))
+    options["tasks"] = [t.strip() for t in options["tasks"].split(",") if t.strip()]
+    options["sweep"] = _split(options["sweep"], "sweep", float)
+    options["speed_batch_sizes"] = _split(options["speed_batch_sizes"], "speed_batch_sizes", int)
+    report = compare(**options, command=shlex.join(["adapt", "compare", *argv]))
+    print()
+    for warning in report["warnings"]:
+        print(f"note: {warning}")
+    print(f"\n{headline(report)}\n\n{terminal_table(report)}\n")
+    print(f"report: {Path(options['out']) / 'report.html'}")
+    return 0

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train on several nodes over ssh. Type it once, on the first node, in the project's folder:
+#
+#   HOSTFILE=hostfile launch/run_multinode.sh recipes/MY_RECIPE.yaml --training.max_steps 1000
+#
+# The hostfile is like launch/hostfile.example. What must hold:
+#   - every node sees the project, its .venv, the data and the output folder under the same path (a shared disk);
+#   - `ssh NODE hostname` asks for no password, from the first node to all (itself included), and `pdsh` is installed
+#     on the first node (apt-get install pdsh); without pdsh but with MPI: LAUNCHER=openmpi;
+#   - the nodes reach MASTER_PORT of the first one. With several network cards name the one to use:
+#     export NCCL_SOCKET_IFNAME=eth0 (DeepSpeed passes NCCL_* on; other variables: NAME=value lines in ~/.deepspeed_env).
+# A run that was cut off is started again with the same line: it resumes from its last checkpoint.
+set -euo pipefail
+
+hostfile=${HOSTFILE:-hostfile}
+usage="usage: HOSTFILE=FILE launch/run_multinode.sh RECIPE.yaml [--dotted.key value ...]"
+if [ $# -eq 0 ]; then
+    echo "$usage" >&2
+    exit 2
+elif [ ! -f "$hostfile" ]; then
+    echo "HOSTFILE=$hostfile: no such file; copy launch/hostfile.example. $usage" >&2
+    exit 2
+elif [ ! -f recipes/train.py ]; then
+    echo "recipes/train.py: not here ($PWD); start this script in the project's folder" >&2
+    exit 2
+fi
+export PATH="$PWD/.venv/bin:$PATH"
+
+exec deepspeed --hostfile "$hostfile" --launcher "${LAUNCHER:-pdsh}" --master_port "${MASTER_PORT:-29500}" \
+    recipes/train.py --config "$@"

@@ -1,0 +1,160 @@
+"""`adapt generate`: text on standard output, figures on standard error, mistakes in one line."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+from tiny_models import VOCABULARY
+
+import adapt
+from adapt.cli import main as cli
+from adapt.generate import CanvasView, fill, write
+from adapt.sampler import SamplerConfig
+
+FIGURES = r"^\d+ tokens, \d+ forwards, \d+\.\d\d tokens per forward, [\d.]+ tokens/s$"
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint_folder) -> str:
+    return str(checkpoint_folder("qwen3", "prefix", True))
+
+
+def _run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli(["generate", *arguments, "--device", "cpu"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_prompt_is_continued_and_what_it_cost_is_said(folder, capsys):
+    code, out, err = _run(capsys, folder, "--prompt", "The cat", "--max_new_tokens", "8", "--show")
+    assert code == 0
+    lm = adapt.load(folder, device="cpu")
+    assert out.rstrip("\n") == write(lm, ["The cat"], 8, SamplerConfig(), 0, False)[0][0].rstrip("\n")
+    lines = err.strip().splitlines()
+    assert re.match(FIGURES, lines[-1])
+    assert int(re.findall(r"\d+", lines[-1])[1]) == 1 + err.count("round ")
+
+
+def test_a_file_of_prompts_gives_a_json_line_each_whatever_the_batch(folder, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The cat\n\nOne, two and\nThe dog sat on the\n")
+    arguments = (folder, "--prompts", str(tmp_path / "prompts.txt"), "--max_new_tokens", "6", "--sampler.threshold", "0.4")
+    written = {}
+    for batch_size in ("1", "3"):
+        code, out, err = _run(capsys, *arguments, "--batch_size", batch_size)
+        written[batch_size] = [json.loads(line) for line in out.splitlines()]
+        assert code == 0
+        assert re.match(FIGURES, err.strip().splitlines()[-1])
+    assert written["1"] == written["3"]
+    assert [line["prompt"] for line in written["1"]] == ["The cat", "One, two and", "The dog sat on the"]
+
+
+def test_infill_keeps_the_text_around_its_blanks(folder, capsys):
+    code, out, _ = _run(capsys, folder, "--infill", "The [?] sat on the [?3].")
+    assert code == 0
+    assert re.match(r"(?s)The.* sat on the.*\.\n$", out)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_blank_takes_the_place_of_the_space_before_it(diffusion_lm, monkeypatch, shift):
+    lm = diffusion_lm("qwen3", "prefix", shift)
+    seen = []
+    monkeypatch.setattr(type(lm), "infill", lambda self, ids, **_: seen.append(ids[0].tolist()) or lm_infill(self, ids, **_))
+    for text in ("The [?] sat [?2]", "[?] cat", "a[?]b"):
+        fill(lm, text, SamplerConfig(), 0, False)
+    mask, encode = VOCABULARY, lambda text: lm.tokenizer.encode(text, add_special_tokens=False)
+    start = [lm.tokenizer.bos_token_id] if shift else []
+    assert seen == [
+        [*encode("The"), mask, *encode(" sat"), mask, mask],
+        [*start, mask, *encode(" cat")],
+        [*encode("a"), mask, *encode("b")],
+    ]
+
+
+lm_infill = adapt.DiffusionLM.infill
+
+
+def test_a_chat_prompt_goes_through_the_template(folder, capsys, monkeypatch):
+    prompts = []
+
+    def record(lm, chunk, *_):
+        prompts.extend(chunk)
+        return write(lm, chunk, 2, SamplerConfig(), 0, False)
+
+    monkeypatch.setattr("adapt.generate.write", record)
+    assert _run(capsys, folder, "--prompt", "Hello", "--chat", "true")[0] == 0
+    assert prompts == ["<|user|>Hello<|endoftext|><|assistant|>"]
+
+
+def test_on_a_terminal_a_round_is_drawn_over_the_last_one(diffusion_lm, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    lm = diffusion_lm("qwen3", "prefix")
+    monkeypatch.setattr("adapt.generate.time.sleep", lambda _: None)
+    monkeypatch.setattr("adapt.generate.shutil.get_terminal_size", lambda: shutil.os.terminal_size((20, 24)))
+    terminal = Terminal()
+    view = CanvasView(lm, num_prompt=0, file=terminal)
+    import torch
+
+    mask, word = lm.spec.mask_token_id, lm.tokenizer.encode("a")[0]
+    view.put(torch.tensor([[mask] * 30]))
+    view.put(torch.tensor([[word] + [mask] * 29]))
+    assert terminal.getvalue() == f"round   1  {'·' * 30}\n\033[3F\033[Jround   2  \033[1;32ma\033[0m{'·' * 29}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "give exactly one of --prompt, --prompts and --infill"),
+        (["--prompt", "a", "--infill", "b [?]"], "give exactly one of --prompt, --prompts and --infill, not prompt and infill"),
+        (["--prompt", ""], "prompt='': is empty"),
+        (["--prompts", "nowhere.txt"], "prompts=nowhere.txt: no such file"),
+        (["--prompts", ""], "prompts=: no such file"),
+        (["--infill", "no blank"], "infill='no blank': has no blank; write [?] for one token"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens=0: must be at least 1"),
+        (["--prompt", "a", "--max_new_tokens", "500"], "more than the 128 positions that the model has"),
+        (["--prompt", "a", "--batch_size", "0"], "batch_size=0: must be at least 1"),
+        (["--prompt", "a", "--dtype", "float8"], "dtype=float8: choose one of"),
+        (["--prompt", "a", "--adapter", "nowhere"], "adapter=nowhere: not a PEFT folder"),
+        (["--prompt", "a", "--sampler.threshold", "2"], "sampler.threshold=2.0: must lie in (0, 1]"),
+        (["--prompt", "a", "--sampler.tokens_per_step", "2"], "set exactly one"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(folder, capsys, arguments, said):
+    code, out, err = _run(capsys, folder, *arguments)
+    assert (code, out) == (1, "")
+    assert err.strip().splitlines()[-1].startswith("adapt generate: error: ")
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("./nowhere", "checkpoint=./nowhere: no such folder"),
+        ("base", "has no `diffusion` section; make it one with `adapt convert"),
+        ("other tokenizer", "the tokenizer's mask token has the id None"),
+    ],
+)
+def test_a_folder_that_is_no_diffusion_checkpoint_is_refused(folder, base_folder, capsys, tmp_path, what, said):
+    checkpoint = what
+    if what == "base":
+        checkpoint = str(base_folder("qwen3"))
+    if what == "other tokenizer":
+        checkpoint = str(shutil.copytree(folder, tmp_path / "mixed"))
+        for file in base_folder("qwen3").glob("*token*"):
+            shutil.copy(file, checkpoint)
+    code, _, err = _run(capsys, checkpoint, "--prompt", "a")
+    assert code == 1
+    assert said in err
+
+
+def test_a_device_that_is_not_here_is_refused(folder, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert cli(["generate", folder, "--prompt", "a", "--device", "cuda"]) == 1
+    assert "adapt generate: error: device=cuda: not usable here" in capsys.readouterr().err

