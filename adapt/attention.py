@@ -33,10 +33,13 @@ class Layout:
     document_ids: Tensor
     view_ids: Tensor
     position_ids: Tensor
+    context_lengths: Tensor | None = None
+    """[B, L] how many tokens of its document's view 0 a token sees; None = those before it and itself. Needed where a
+    canvas hangs off the middle of a context that goes on beside it."""
 
     @staticmethod
     def of(attention: str, padding_mask: Tensor, num_prompt_tokens: int = 0) -> Layout:
-        """Layout of unpacked rows: padding_mask [B, L] is 1 for tokens; the first `num_prompt_tokens` columns are prompt.
+        """Layout of unpacked rows; padding_mask [B, L] is 1 for tokens; num_prompt_tokens columns are prompt.
 
         Positions count the tokens of each row, so that left padding shifts nothing.
         """
@@ -48,7 +51,11 @@ class Layout:
 
     def last(self, num_queries: int) -> Layout:
         """The layout of the last `num_queries` tokens: what is computed when a KV cache holds the rest."""
-        return Layout(*(x[:, -num_queries:] for x in (self.document_ids, self.view_ids, self.position_ids)))
+        document_ids, view_ids, position_ids = (
+            x[:, -num_queries:] for x in (self.document_ids, self.view_ids, self.position_ids)
+        )
+        context_lengths = None if self.context_lengths is None else self.context_lengths[:, -num_queries:]
+        return Layout(document_ids, view_ids, position_ids, context_lengths)
 
 
 def mask_rule(
@@ -56,9 +63,9 @@ def mask_rule(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The rule as a function (b, h, q, k) -> bool, True where query q sees key k; FlexAttention's `mask_mod`.
 
-    window: sliding-window size of the layer, None = full. Causal context keeps transformers' causal convention (distance
-        < window); a canvas has its bidirectional one (distance <= window), so that a plain load of a bidirectional
-        checkpoint attends as we trained it.
+    window: sliding-window size of the layer, None = full. Causal context keeps transformers' causal convention
+        (distance < window); a canvas has its bidirectional one (distance <= window), so that a plain load of a
+        bidirectional checkpoint attends as we trained it.
     right_window: how far a canvas sees to its right while attention is annealed from causal to bidirectional
         (DiffuLLaMA, arXiv:2410.17891, opens future edges at random; a window does it in closed form). None = all.
     """
@@ -67,6 +74,7 @@ def mask_rule(
     query_document, query_views, query_position = queries.document_ids, queries.view_ids, queries.position_ids
     key_document, key_views, key_position = keys.document_ids, keys.view_ids, keys.position_ids
     right = None if right_window is None else torch.as_tensor(right_window).to(key_position.device)
+    context_lengths = queries.context_lengths
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         ahead = key_position[b, k] - query_position[b, q]  # > 0: the key lies in the query's future
@@ -74,7 +82,8 @@ def mask_rule(
         in_canvas = key_view == query_view
         if right is not None:
             in_canvas = in_canvas & (ahead <= right)
-        seen = torch.where(key_view == 0, ahead <= 0, in_canvas)
+        before = ahead <= 0 if context_lengths is None else key_position[b, k] < context_lengths[b, q]
+        seen = torch.where(key_view == 0, before, in_canvas)
         if window is not None:
             reach = torch.where(query_view == 0, window - 1, window)
             seen = seen & (ahead.abs() <= reach)
@@ -121,22 +130,24 @@ def attention_mask(
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None] | int | None:
     """The sliding window (tokens; None = full attention) of each layer type, or of all layers where there is one kind.
 
-    Raises ValueError for layers whose attention no mask can make bidirectional (recurrent, linear, convolution, chunked).
+    Raises ValueError for layers that no mask can make bidirectional (recurrent, linear, convolution, chunked).
     """
     layer_types: list[str] = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     foreign = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
     if foreign:
         layers = [i for i, kind in enumerate(layer_types) if kind in foreign]
         raise ValueError(
-            f"base={config.model_type}: layers {layers} are {', '.join(foreign)}, which read left to right whatever the "
-            "mask says; choose a model whose layers are all full or sliding attention"
+            f"base={config.model_type}: layers {layers} are {', '.join(foreign)}, which read left to right whatever "
+            "the mask says; choose a model whose layers are all full or sliding attention"
         )
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"base={config.model_type}: none of its layers is attention; choose a transformer model")
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in layer_types:
         if window is None:
-            raise ValueError(f"base={config.model_type}: config.layer_types has sliding_attention but no sliding_window")
+            raise ValueError(
+                f"base={config.model_type}: config.layer_types has sliding_attention but no sliding_window"
+            )
         return {kind: (window if kind == "sliding_attention" else None) for kind in sorted(set(layer_types))}
     return None if layer_types else window  # Mistral has no layer_types: a window there is on every layer
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -19,7 +20,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class DiffusionSpec:
-    """The `diffusion` section of config.json: what the weights were trained to be. Raises ValueError where it is not valid."""
+    """The `diffusion` section of config.json: what the weights were trained to be. ValueError where not valid."""
 
     attention: str
     """bidirectional: every token sees every token; prefix: the prompt is causal, the canvas sees prompt and canvas."""
@@ -51,7 +52,8 @@ class DiffusionSpec:
         section = getattr(config, "diffusion", None)
         if section is None:
             raise ValueError(
-                f"checkpoint={folder}: its config.json has no `diffusion` section; make it one with `adapt convert {folder} OUT`"
+                f"checkpoint={folder}: its config.json has no `diffusion` section; make it one with "
+                f"`adapt convert {folder} OUT`"
             )
         unknown = sorted(set(section) - {field.name for field in dataclasses.fields(DiffusionSpec)})
         if unknown:
@@ -100,8 +102,8 @@ def load(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.mask_token_id != spec.mask_token_id:
         raise ValueError(
-            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has the id "
-            f"{tokenizer.mask_token_id}; keep the tokenizer files of the conversion beside the weights"
+            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has "
+            f"the id {tokenizer.mask_token_id}; keep the tokenizer files of the conversion beside the weights"
         )
     # 2. The weights, all of them.
     model = _weights(folder, dtype, attn_implementation)
@@ -109,7 +111,7 @@ def load(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    model = model.to(device).eval()
+    model.to(device).eval()  # pyright: ignore[reportArgumentType]
     # 3. The proof.
     mask_free = probe(model, spec.attention) if verify else False
     return DiffusionLM(model, tokenizer, spec, mask_free)
@@ -118,25 +120,33 @@ def load(
 def _weights(folder: str | Path, dtype: torch.dtype | str | None, kernel: str | None) -> PreTrainedModel:
     options = {name: value for name, value in (("dtype", dtype), ("attn_implementation", kernel)) if value is not None}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except ImportError as error:  # a kernel of a package that is not installed
-        raise ValueError(f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention") from error
+        raise ValueError(
+            f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention"
+        ) from error
+    model, loading = loaded
     # transformers only warns of a tensor that it did not find, and leaves it random.
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if missing:
-        raise ValueError(f"checkpoint={folder}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model")
+        raise ValueError(
+            f"checkpoint={folder}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model"
+        )
     return model
 
 
 def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
     """Raises one clear ValueError, about `setting`, if `folder` is a path that holds no model. Hub ids pass."""
     path = Path(folder)
-    looks_local = path.is_absolute() or str(folder).startswith((".", "~")) or path.exists() or str(folder).count("/") != 1
+    looks_local = (
+        path.is_absolute() or str(folder).startswith((".", "~")) or path.exists() or str(folder).count("/") != 1
+    )
     if not looks_local:
         return
     if not path.exists():
         raise ValueError(
-            f"{setting}={folder}: no such folder; give a folder with config.json and safetensors, or a Hub id (owner/name)"
+            f"{setting}={folder}: no such folder; give a folder with config.json and safetensors, or a Hub id "
+            "(owner/name)"
         )
     if not (path / "config.json").is_file():
         raise ValueError(f"{setting}={folder}: not a model folder (no config.json in it)")

@@ -7,7 +7,6 @@ the noised rows are computed here too, so that the training step never waits for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +16,10 @@ from torch import Tensor
 from .attention import PADDING_DOCUMENT
 from .checkpoint import DiffusionSpec
 from .config import NoiseConfig, ObjectiveConfig
-from .noise import complement_weight, elbo_weight, generator_for, q_sample, sample_t
+from .noise import complement_weight, elbo_weight, generator_for, q_sample, sample_t, uniform_for
 from .packing import Packing, Place
 
 Batch = dict[str, Tensor]
-
-
-class Sizes(NamedTuple):
-    """Tokens of each example, [E]: those that it takes in a row, and those of one stretch of bidirectional attention."""
-
-    total: np.ndarray
-    canvas: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,7 @@ class Canvases:
     noise: NoiseConfig
     objective: ObjectiveConfig
     canvas_length: int | None
+    canvas_start: str
     end_of_text: int
     seed: int
 
@@ -46,17 +39,45 @@ class Canvases:
         return self.objective.name == "ar"
 
     @property
+    def has_ar_loss(self) -> bool:
+        return self.objective.ar_weight > 0 and not self.is_ar
+
+    @property
     def views(self) -> int:
         return 1 if self.is_ar else self.objective.views
 
-    def sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> Sizes:
-        """Tokens of each example, with a random tail of end-of-text the most it can take."""
-        if self.is_ar:
-            return Sizes(context_lengths + target_lengths, np.zeros_like(target_lengths))
+    def sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """Tokens that each example takes in a row of that epoch, [E]."""
+        starts, lengths = self._canvases(target_lengths, np.arange(len(target_lengths)), epoch)
+        if (
+            self.spec.attention == "bidirectional" and not self.is_ar
+        ):  # each view needs a context of its own, which sees it
+            return self.views * context_lengths + lengths.sum(1)
+        return context_lengths + (target_lengths if self.has_ar_loss else starts.max(1)) + lengths.sum(1)
+
+    def longest_canvas(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> int:
+        """Tokens of the longest stretch in which attention is bidirectional: how far the annealed window has to open."""
+        if self.canvas_start == "anywhere":
+            return int(self.canvas_length or 0)
         canvas = np.maximum(target_lengths, self.canvas_length or 0)
-        if self.spec.attention == "bidirectional":  # each view needs a context of its own, which sees the canvas
-            return Sizes(self.views * (context_lengths + canvas), context_lengths + canvas)
-        return Sizes(context_lengths + self.views * canvas, canvas)
+        return int((canvas + context_lengths * (self.spec.attention == "bidirectional")).max())
+
+    def _canvases(self, target_lengths: np.ndarray, examples: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where in its target each view's canvas starts, and its length with the tail of end-of-text: [E, K] each.
+
+        One tail for all views of an example, so that complementary views cover the same tokens.
+        """
+        target = target_lengths[:, None].repeat(self.views, 1)
+        starts = np.zeros_like(target)
+        if self.is_ar or self.canvas_length is None:
+            return starts, target
+        if self.canvas_start == "anywhere":  # stratified over the target
+            where = uniform_for(self.seed, examples, 2 * epoch + 1)[:, None] + np.arange(self.views)
+            starts = (where / self.views * target).astype(np.int64)
+        rest = target - starts
+        tail = uniform_for(self.seed, examples, 2 * epoch)[:, None] * (np.maximum(self.canvas_length - rest, 0) + 1)
+        longest = self.canvas_length if self.canvas_start == "anywhere" else np.iinfo(np.int64).max
+        return starts, np.minimum(rest + tail.astype(np.int64), longest)
 
     def tokens(self, context: list[int], target: list[int], place: Place) -> dict[str, Tensor]:
         """The tokens of one example, 1-D tensors of one length: xt, x0, is_noised, predictor and so on; see `pack`.
@@ -65,36 +86,44 @@ class Canvases:
         shift_logits the one before it (a canvas' first token is predicted by the context's last). -1: none, never noised.
         """
         shift = self.is_ar or self.spec.shift_logits
-        context_ids = torch.tensor(context, dtype=torch.long)
+        all_starts, all_lengths = self._canvases(np.array([len(target)]), np.array([place.example]), place.epoch)
+        starts, lengths = all_starts[0].tolist(), all_lengths[0].tolist()
+        clean = torch.tensor(context + target[: len(target) if self.has_ar_loss else max(starts)], dtype=torch.long)
+        padded = torch.tensor(target + [self.end_of_text] * max(lengths), dtype=torch.long)
         pieces: list[dict[str, Tensor]] = []
-        offset = 0
-        for view in range(self.views):
-            x0 = torch.tensor(self._canvas(target, place, view), dtype=torch.long)
-            own_context = view == 0 or self.spec.attention == "bidirectional"
-            canvas_start = offset + len(context) if own_context else offset
-            context_start = offset if own_context else 0
-            predictor = canvas_start + torch.arange(len(x0)) - int(shift)
+        offset = context_offset = 0
+        for view, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            x0 = padded[start : start + length]
+            before = len(context) + start  # tokens of the context that this canvas sees
+            if view == 0 or self.spec.attention == "bidirectional":
+                pieces.append(self._context(clean, view, len(context)))
+                context_offset, offset = offset, offset + len(clean)
+            predictor = offset + torch.arange(length) - int(shift)
             if shift:
-                predictor[0] = context_start + len(context) - 1 if context else -1
+                predictor[0] = context_offset + before - 1 if before else -1
             xt, is_noised, weight = self._noised(x0, predictor >= 0, place, view)
-            canvas = {
-                "xt": xt,
-                "x0": x0,
-                "is_noised": is_noised,
-                "predictor": predictor,
-                "loss_mask": predictor >= 0,
-                "elbo_weight": weight.expand(len(x0)),
-                "position": len(context) + torch.arange(len(x0)),
-                "view": torch.full((len(x0),), 0 if self.is_ar else view + 1),
-                "copy": torch.full((len(x0),), view if self.spec.attention == "bidirectional" else 0),
-            }
-            if own_context:
-                pieces.append(self._context(context_ids, view))
-            pieces.append(canvas)
-            offset = canvas_start + len(x0)
+            pieces.append(
+                {
+                    "xt": xt,
+                    "x0": x0,
+                    "is_noised": is_noised,
+                    "predictor": predictor,
+                    "ar_predictor": torch.full((length,), -1),
+                    "loss_mask": predictor >= 0,
+                    "elbo_weight": weight.expand(length),
+                    "position": before + torch.arange(length),
+                    "context_length": before + torch.arange(1, length + 1)
+                    if self.is_ar
+                    else torch.full((length,), before),
+                    "view": torch.full((length,), 0 if self.is_ar else view + 1),
+                    "copy": torch.full((length,), view if self.spec.attention == "bidirectional" else 0),
+                }
+            )
+            offset += length
         return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
-    def _context(self, ids: Tensor, view: int) -> dict[str, Tensor]:
+    def _context(self, ids: Tensor, view: int, num_prompt: int) -> dict[str, Tensor]:
+        place = torch.arange(len(ids))
         bidirectional = self.spec.attention == "bidirectional" and not self.is_ar
         never = torch.zeros(len(ids), dtype=torch.bool)
         return {
@@ -102,21 +131,17 @@ class Canvases:
             "x0": ids,
             "is_noised": never,
             "predictor": torch.full_like(ids, -1),
+            # The clean target's tokens are predicted by the one before, as the AR head does it.
+            "ar_predictor": torch.where(place >= max(num_prompt, 1), place - 1, -1)
+            if self.has_ar_loss
+            else place * 0 - 1,
             "loss_mask": never,
             "elbo_weight": torch.zeros(len(ids)),
             "position": torch.arange(len(ids)),
+            "context_length": torch.arange(1, len(ids) + 1),
             "view": torch.full_like(ids, view + 1 if bidirectional else 0),
             "copy": torch.full_like(ids, view if bidirectional else 0),
         }
-
-    def _canvas(self, target: list[int], place: Place, view: int) -> list[int]:
-        """The target, followed by end-of-text up to a random length of at most canvas_length."""
-        if self.is_ar or self.canvas_length is None or len(target) >= self.canvas_length:
-            return target
-        # One length for all views of an example, so that complementary views cover the same tokens.
-        generator = generator_for(self.seed, place.example, place.epoch, -1)
-        length = int(torch.randint(len(target), self.canvas_length + 1, (), generator=generator))
-        return target + [self.end_of_text] * (length - len(target))
 
     def _noised(self, x0: Tensor, loss_mask: Tensor, place: Place, view: int) -> tuple[Tensor, Tensor, Tensor]:
         """(xt, is_noised, elbo_weight []); for the AR objective the tokens are clean and all are predicted."""
@@ -153,7 +178,7 @@ class PackedRows(torch.utils.data.Dataset):
 
     def epochs(self, num_rows: int) -> float:
         """Passes over the data after that many rows."""
-        return (self.packing.row(num_rows - 1)[-1].ordinal + 1) / len(self.packing.sizes) if num_rows else 0.0
+        return (self.packing.row(num_rows - 1)[-1].ordinal + 1) / self.packing.num_examples if num_rows else 0.0
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         places = self.packing.row(k)
@@ -170,10 +195,12 @@ def pack(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Examples side by side in one row, each a document of its own, and what `predictor` means moved along."""
     parts, document, offset = [], PADDING_DOCUMENT + 1, 0
     for example in examples:
-        predictor = torch.where(example["predictor"] >= 0, example["predictor"] + offset, -1)
-        parts.append({**example, "predictor": predictor, "document": document + example["copy"]})
+        moved = {
+            key: torch.where(example[key] >= 0, example[key] + offset, -1) for key in ("predictor", "ar_predictor")
+        }
+        parts.append({**example, **moved, "document": document + example["copy"]})
         document += int(example["copy"].max()) + 1
-        offset += len(predictor)
+        offset += len(example["xt"])
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -194,9 +221,13 @@ def collate(rows: list[dict[str, Tensor]], length: int | None = None) -> Batch:
         "document_ids": stacked("document", PADDING_DOCUMENT),
         "view_ids": stacked("view", 0),
         "position_ids": stacked("position", 0),
+        "context_lengths": stacked("context_length", 1),
         "rows": torch.cat(predictors),
         "targets": torch.cat([row["x0"][row["is_noised"]] for row in rows]),
         "elbo_weight": torch.cat([row["elbo_weight"][row["is_noised"]] for row in rows]),
+        "ar_rows": torch.cat(
+            [row["ar_predictor"][row["ar_predictor"] >= 0] + b * length for b, row in enumerate(rows)]
+        ),
+        "ar_targets": torch.cat([row["x0"][row["ar_predictor"] >= 0] for row in rows]),
         "num_maskable": torch.stack([row["loss_mask"].sum() for row in rows]).sum(),
     }
-

@@ -1,6 +1,6 @@
 """A recipe: YAML plus dotted overrides, as frozen dataclasses. The class that owns a field validates it.
 
-    adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4 --data.train my.jsonl
+adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4 --data.train my.jsonl
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class DataConfig:
     canvas_length: int | None = None
     """tokens; a completion is followed by end-of-text up to a random length of at most this, so that a canvas of any length
     up to it can be decoded. None = one end-of-text"""
+    canvas_start: str = "prompt"
+    """prompt: a canvas holds the whole target; anywhere: it is a stretch of canvas_length tokens of it, after a clean start,
+    so that a text longer than a canvas can be written canvas after canvas (prefix attention)"""
     too_long: str = "error"
     """what to do with an example that does not fit into seq_len: drop or error. Plain text is cut into pieces instead"""
     num_workers: int = 0
@@ -92,6 +95,11 @@ class DataConfig:
         if not self.train:
             raise ValueError("data.train=[]: give at least one file, or a Hub dataset id")
         _one_of("data.too_long", self.too_long, ("drop", "error"))
+        _one_of("data.canvas_start", self.canvas_start, ("anywhere", "prompt"))
+        if self.canvas_start == "anywhere" and self.canvas_length is None:
+            raise ValueError(
+                "data.canvas_start=anywhere: needs data.canvas_length, the tokens of a canvas; try 8 or 16"
+            )
         _at_least("data.seq_len", self.seq_len, 8)
         _at_least("data.canvas_length", self.canvas_length, 1)
         _at_least("data.num_workers", self.num_workers, 0)
@@ -120,6 +128,8 @@ class ObjectiveConfig:
     """noisy canvases of each example and step; with prefix attention they share one clean prompt"""
     complementary: bool = False
     """views come in pairs that together noise every token exactly once (Fast-dLLM v2, LLaDA2)"""
+    ar_weight: float = 0.0
+    """weight of the next-token loss on the clean target that canvases hang off; needs data.canvas_start=anywhere"""
     anneal_steps: int = 0
     """steps over which the right window of the canvas opens from causal to bidirectional; 0 = bidirectional at once"""
 
@@ -127,6 +137,7 @@ class ObjectiveConfig:
         _one_of("objective.name", self.name, ("ar", "nelbo"))
         _one_of("objective.weight", self.weight, ("elbo", "uniform"))
         _at_least("objective.views", self.views, 1)
+        _at_least("objective.ar_weight", self.ar_weight, 0)
         _at_least("objective.anneal_steps", self.anneal_steps, 0)
         if self.complementary and self.views % 2:
             raise ValueError(f"objective.views={self.views}: complementary views come in pairs; use an even number")
@@ -214,6 +225,19 @@ class Recipe:
     training: TrainingConfig
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self) -> None:
+        anywhere = self.data.canvas_start == "anywhere"
+        if self.objective.ar_weight and not anywhere:
+            raise ValueError(
+                f"objective.ar_weight={self.objective.ar_weight}: there is a clean target to predict only with "
+                "data.canvas_start=anywhere; set that, or ar_weight to 0"
+            )
+        if self.objective.complementary and anywhere:
+            raise ValueError(
+                "objective.complementary=true: with data.canvas_start=anywhere the views of an example cover different "
+                "tokens; set one of them back"
+            )
 
     def save(self, path: Path) -> None:
         """Writes the resolved recipe, which loads again as a recipe."""

@@ -61,7 +61,9 @@ def load_examples(
     if not is_main_process:
         disable_progress_bars()
     if tokenizer.eos_token_id is None:
-        raise ValueError("model.base: its tokenizer has no end-of-text token, so no target would ever end; add an eos_token to it")
+        raise ValueError(
+            "model.base: its tokenizer has no end-of-text token, so no target would ever end; add an eos_token to it"
+        )
     rows = load_rows(config) if rows is None else rows
     kind = _kind(rows)
     assert kind is not None
@@ -104,12 +106,18 @@ def _read(config: DataConfig) -> Dataset:
         try:
             return load_dataset(files[0], split=config.split)
         except Exception as error:  # the hub client raises a dozen unrelated types
-            raise ValueError(f"data.train={files[0]}: neither a file nor a dataset that the Hub gives us: {error}") from error
+            raise ValueError(
+                f"data.train={files[0]}: neither a file nor a dataset that the Hub gives us: {error}"
+            ) from error
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
-        raise ValueError(f"data.train={', '.join(missing)}: no such file; give json, jsonl, parquet or txt, or a Hub dataset id")
+        raise ValueError(
+            f"data.train={', '.join(missing)}: no such file; give json, jsonl, parquet or txt, or a Hub dataset id"
+        )
     if len(suffixes) > 1 or not suffixes <= set(_LOADERS):
-        raise ValueError(f"data.train={config.train}: files of one kind only, out of {', '.join(sorted(_LOADERS))} (also .gz)")
+        raise ValueError(
+            f"data.train={config.train}: files of one kind only, out of {', '.join(sorted(_LOADERS))} (also .gz)"
+        )
     if all(Path(file).stat().st_size == 0 for file in files):
         raise ValueError(f"data.train={config.train}: is empty, nothing to train on; give files with rows in them")
     loader = _LOADERS[suffixes.pop()]
@@ -118,7 +126,13 @@ def _read(config: DataConfig) -> Dataset:
         return load_dataset(loader, data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps whatever its readers raise
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"data.train={config.train}: cannot be read as {loader}: {reason[:200]}; mend the file") from error
+        if "corresponds to no data" in reason:
+            raise ValueError(
+                f"data.train={config.train}: is empty, nothing to train on; give files with rows in them"
+            ) from error
+        raise ValueError(
+            f"data.train={config.train}: cannot be read as {loader}: {reason[:200]}; mend the file"
+        ) from error
 
 
 def _suffix(file: str) -> str:
@@ -157,7 +171,9 @@ def _from_prompt(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) ->
 def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> dict:
     """One example for each assistant turn, with everything before it as the context."""
     if tokenizer.chat_template is None:
-        raise ValueError("data.train: has chat messages, but the tokenizer has no chat template; use prompt and completion")
+        raise ValueError(
+            "data.train: has chat messages, but the tokenizer has no chat template; use prompt and completion"
+        )
     contexts, targets = [], []
     for messages in map(_messages, batch["messages"]):
         for i, message in enumerate(messages):
@@ -186,7 +202,9 @@ def _messages(messages: object) -> list[dict]:
         isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
         for message in messages
     ):
-        raise ValueError(f"data.train: column messages holds {str(messages)[:60]!r}, needs lists of {{role: ..., content: ...}}")
+        raise ValueError(
+            f"data.train: column messages holds {str(messages)[:60]!r}, needs lists of {{role: ..., content: ...}}"
+        )
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
@@ -209,7 +227,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _checked(values: list, column: str) -> list[str]:
     for value in values:
         if not isinstance(value, str):
-            raise ValueError(f"data.train: column {column} holds {value!r:.60}, needs strings; remove or mend such rows")
+            raise ValueError(
+                f"data.train: column {column} holds {value!r:.60}, needs strings; remove or mend such rows"
+            )
     return values
 
 

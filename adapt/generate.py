@@ -4,7 +4,7 @@
     adapt generate out/model --prompts prompts.txt --sampler.threshold 0.8 > written.jsonl
     adapt generate out/model --infill "The [?] sat on the [?3]."          # [?3] is three tokens
 
-`--show` redraws the canvas in the terminal after each round. The text goes to standard output, figures to standard error.
+`--show` redraws the canvas in the terminal after each round. Text goes to standard output, figures to standard error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -29,15 +30,16 @@ BLANK = re.compile(r" *\[\?(\d*)\]")  # a blank takes the place of " word": the 
 
 
 class CanvasView:
-    """A streamer that redraws the first row's canvas after each round: kept tokens in bold where new, blanks as dots."""
+    """A streamer that redraws the first row's canvas after each round: new tokens in bold, blanks as dots."""
 
-    def __init__(self, lm: DiffusionLM, num_prompt: int, file=sys.stderr) -> None:
-        self.lm, self.num_prompt, self.file = lm, num_prompt, file
-        self.live = file.isatty()
+    def __init__(self, lm: DiffusionLM, num_prompt: int, file: TextIO | None = None) -> None:
+        self.lm, self.num_prompt, self.file = lm, num_prompt, file or sys.stderr
+        self.live = self.file.isatty()
         self.round, self.lines, self.before = 0, 0, None
 
     def put(self, value: Tensor) -> None:
         self.round += 1
+        decode: Any = self.lm.tokenizer.decode
         canvas = value[0, self.num_prompt :].tolist()
         before = self.before or [self.lm.spec.mask_token_id] * len(canvas)
         end = self.lm.tokenizer.eos_token_id
@@ -45,14 +47,14 @@ class CanvasView:
         run: list[int] = []
         for i, token in enumerate(canvas):
             if token == end or token == self.lm.spec.mask_token_id:
-                pieces += [self.lm.tokenizer.decode(run), "·" if token != end else ""]
+                pieces += [decode(run), "·" if token != end else ""]
                 run = []
             elif self.live and token != before[i]:
-                pieces += [self.lm.tokenizer.decode(run), f"\033[1;32m{self.lm.tokenizer.decode([token])}\033[0m"]
+                pieces += [decode(run), f"\033[1;32m{decode([token])}\033[0m"]
                 run = []
             else:
                 run.append(token)
-        text = "".join([*pieces, self.lm.tokenizer.decode(run)])
+        text = "".join([*pieces, decode(run)])
         if self.live and self.lines:
             print(f"\033[{self.lines}F\033[J", end="", file=self.file)
         print(f"round {self.round:3d}  {text}", file=self.file, flush=True)
@@ -100,7 +102,7 @@ def fill(lm: DiffusionLM, text: str, sampler: SamplerConfig, seed: int, show: bo
         generator=torch.Generator(lm.device).manual_seed(seed),
         streamer=CanvasView(lm, 0) if show else None,
     )
-    return lm.tokenizer.decode(output.sequences[0], skip_special_tokens=True), output
+    return str(lm.tokenizer.decode(output.sequences[0], skip_special_tokens=True)), output
 
 
 def main(argv: list[str]) -> None:
@@ -108,13 +110,17 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(prog="adapt generate", description=__doc__)
     parser.add_argument("checkpoint", type=str, metavar="CKPT", help="folder with a diffusion checkpoint")
     parser.add_argument("--prompt", type=str | None, default=None, help="text to continue")
-    parser.add_argument("--prompts", type=str | None, default=None, help="file with one prompt a line; writes JSON lines")
+    parser.add_argument(
+        "--prompts", type=str | None, default=None, help="file with one prompt a line; writes JSON lines"
+    )
     parser.add_argument("--infill", type=str | None, default=None, help="text with blanks: [?] one token, [?4] four")
     parser.add_argument("--chat", type=bool, default=False, help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge in")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of the canvas, tokens")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts refined together")
-    parser.add_argument("--dtype", type=str | None, default=None, help="bfloat16, float16 or float32; default: as saved")
+    parser.add_argument(
+        "--dtype", type=str | None, default=None, help="bfloat16, float16 or float32; default: as saved"
+    )
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0, help="for temperature above 0")
     parser.add_argument("--show", action="store_true", help="redraw the canvas after each round")
@@ -123,7 +129,9 @@ def main(argv: list[str]) -> None:
     sampler = parser.instantiate(arguments).sampler
     given = [name for name in ("prompt", "prompts", "infill") if getattr(arguments, name) is not None]
     if len(given) != 1:
-        raise ValueError("give exactly one of --prompt, --prompts and --infill" + (f", not {' and '.join(given)}" if given else ""))
+        raise ValueError(
+            "give exactly one of --prompt, --prompts and --infill" + (f", not {' and '.join(given)}" if given else "")
+        )
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size={arguments.batch_size}: must be at least 1")
     if arguments.prompt == "":
@@ -136,10 +144,9 @@ def main(argv: list[str]) -> None:
         print(text)
         return _figures([output], time.perf_counter() - started)
     if arguments.chat:
-        prompts = [
-            lm.tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-            for p in prompts
-        ]
+        render: Any = lm.tokenizer.apply_chat_template
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = [render(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     outputs = []
     for start in range(0, len(prompts), arguments.batch_size):
         chunk = prompts[start : start + arguments.batch_size]
@@ -163,4 +170,7 @@ def _figures(outputs: list[GenerateOutput], seconds: float) -> None:
     tokens = sum(int(output.num_tokens.sum()) for output in outputs)
     nfe = sum(output.nfe for output in outputs)
     tpf = sum(output.tpf for output in outputs) / len(outputs)
-    print(f"{tokens} tokens, {nfe} forwards, {tpf:.2f} tokens per forward, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    print(
+        f"{tokens} tokens, {nfe} forwards, {tpf:.2f} tokens per forward, {tokens / seconds:.1f} tokens/s",
+        file=sys.stderr,
+    )

@@ -3,8 +3,8 @@
     E_m[ n / m * sum over noised tokens of -log p(x0_i | xt) ],   m uniform in 1..n, the m noised tokens uniform among n
 
 is the NELBO of absorbing noise with the linear schedule, with the number of noised tokens drawn first (LLaDA,
-arXiv:2502.09992, eq. 14): less variance than noising tokens one by one. m is stratified over the samples, and the noise is
-keyed by the request, so that its value does not depend on which other requests share its batch.
+arXiv:2502.09992, eq. 14): less variance than noising tokens one by one. m is stratified over the samples, and the
+noise is keyed by the request, so that its value does not depend on which other requests share its batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Nelbo(NamedTuple):
     nats: float
     """upper bound on -log p(target | context), summed over the target"""
     stderr: float
-    """its Monte-Carlo standard error, nats; 0 for a target of one token (exact), NaN for a single sample of a longer one"""
+    """Monte-Carlo standard error, nats; 0 for a target of one token (exact), NaN for one sample of a longer one"""
     nfe: int
     """rows that went through the model for it, one for each sample"""
 
@@ -50,7 +50,8 @@ def nelbo(
 ) -> list[Nelbo]:
     """-log p(target | context) from above, one Nelbo for each pair of token lists.
 
-    Samples of all requests are sorted by length and share batches of batch_size rows. Raises ValueError for an empty target.
+    Samples of all requests are sorted by length and share batches of batch_size rows. Raises ValueError for an empty
+    target.
     """
     if num_samples < 1:
         raise ValueError(f"mc_samples={num_samples}: must be at least 1")
@@ -87,7 +88,9 @@ def _noised_sets(context: list[int], target: list[int], num_samples: int, seed: 
     return [torch.randperm(n, generator=generator)[: int(m)] for m in counts]
 
 
-def _estimate(lm: DiffusionLM, contexts: list[list[int]], targets: list[list[int]], samples: list[_Sample]) -> list[float]:
+def _estimate(
+    lm: DiffusionLM, contexts: list[list[int]], targets: list[list[int]], samples: list[_Sample]
+) -> list[float]:
     """n / m * sum of -log p over the noised tokens, nats, for each sample; one forward."""
     rows = [contexts[s.request] + targets[s.request] for s in samples]
     width = max(map(len, rows))
@@ -105,7 +108,9 @@ def _estimate(lm: DiffusionLM, contexts: list[list[int]], targets: list[list[int
     layout = Layout(*(x.to(lm.device) for x in (document_ids, view_ids, position_ids)))
     hidden = hidden_states(lm.model, xt, layout)
     predictor = is_noised.flatten().nonzero().flatten() - int(lm.spec.shift_logits)
-    nll = token_nll(hidden.flatten(0, 1)[predictor.to(lm.device)], x0[is_noised].to(lm.device), output_head(lm.model)).cpu()
+    nll = token_nll(
+        hidden.flatten(0, 1)[predictor.to(lm.device)], x0[is_noised].to(lm.device), output_head(lm.model)
+    ).cpu()
     sums = [float(part.double().sum()) for part in nll.split([len(s.noised) for s in samples])]
     return [total * len(targets[s.request]) / len(s.noised) for s, total in zip(samples, sums, strict=True)]
 

@@ -67,7 +67,9 @@ class MetricsFile(TrainerCallback):
         os.replace(beside, self.path)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if control.should_save:  # a resumed run averages from its checkpoint on, so this one starts a new average there too
+        if (
+            control.should_save
+        ):  # a resumed run averages from its checkpoint on, so this one starts a new average there too
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:

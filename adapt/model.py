@@ -1,7 +1,7 @@
 """A converted model in memory: hidden states under an attention pattern, and the head on chosen rows only.
 
-Nothing here knows an architecture. Masks and positions go in through transformers' public arguments, and the head is the
-model's own; `probe.py` proves both on the loaded weights.
+Nothing here knows an architecture. Masks and positions go in through transformers' public arguments, and the head is
+the model's own; `probe.py` proves both on the loaded weights.
 Shapes: B rows, L tokens, D hidden size, V vocabulary, N chosen rows.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states [B, Q, D] of input_ids [B, Q] under the attention pattern of `layout`.
 
-    layout: of all keys; with a KV cache it is longer than input_ids, which are its last tokens. None = plain bidirectional
-    attention on unpadded rows, for models with `config.is_causal = False`: no mask is built and flash kernels apply.
+    layout: of all keys; with a KV cache it is longer than input_ids, which are its last tokens. None = plain
+    bidirectional attention on unpadded rows, for models with `config.is_causal = False`: no mask is built and flash
+    kernels apply.
     """
     if layout is None:
         return _backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -50,8 +51,9 @@ def hidden_states(
 
 
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The model's own head as a function: hidden states [..., D] -> logits [..., V], scaling and soft-capping included."""
-    linear, config = model.get_output_embeddings(), model.config
+    """The model's own head as a function: hidden states [..., D] -> logits [..., V], scaled and capped as it does."""
+    linear: Any = model.get_output_embeddings()
+    config = model.config
     divisor = getattr(config, "logits_scaling", None)  # Granite
     factor = getattr(config, "logit_scale", None)  # Cohere
     soft_cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
@@ -68,10 +70,10 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def attach_loss(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, whose forward also answers `model(input_ids, layout=, rows=, targets=)` with -log p of the targets, [N].
+    """The same model, whose forward also answers `model(input_ids, layout=, rows=, targets=)` with -log p, [N].
 
-    rows [N] index the flattened [B * L] hidden states. The loss has to be inside `forward`, because that is the only call
-    that DeepSpeed ZeRO-3, autocast and PEFT see. Without `rows` the forward is the model's own.
+    rows [N] index the flattened [B * L] hidden states. The loss has to be inside `forward`, because that is the only
+    call that DeepSpeed ZeRO-3, autocast and PEFT see. Without `rows` the forward is the model's own.
     """
     plain_forward = model.forward
 
@@ -111,8 +113,8 @@ class DiffusionLM:
     @property
     def start_token_id(self) -> int:
         """What stands before a text whose first token needs a predictor: start-of-text, or else end-of-text."""
-        bos = self.tokenizer.bos_token_id
-        return bos if bos is not None else self.tokenizer.eos_token_id
+        tokenizer: Any = self.tokenizer  # transformers types its token ids as anything
+        return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def generate(
         self, input_ids: Tensor, *, max_new_tokens: int, sampler: SamplerConfig | None = None, **options

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,16 +27,12 @@ class Place(NamedTuple):
 class Packing:
     """Rows of at most `seq_len` tokens, filled with whole examples best-fit first, epoch after epoch.
 
-    sizes: tokens of each example in a row, [E]. Raises ValueError if an example is larger than a row.
+    sizes: epoch -> tokens of each example in a row, [E]. Raises ValueError if an example is larger than a row.
     """
 
-    def __init__(self, sizes: np.ndarray, seq_len: int, seed: int) -> None:
-        if sizes.max(initial=0) > seq_len:
-            raise ValueError(
-                f"data.seq_len={seq_len}: an example takes {int(sizes.max())} tokens with all its views; "
-                "raise data.seq_len, or lower objective.views or data.canvas_length"
-            )
+    def __init__(self, sizes: Callable[[int], np.ndarray], seq_len: int, seed: int) -> None:
         self.sizes, self.seq_len, self.seed = sizes, seq_len, seed
+        self.num_examples = len(sizes(0))
         self._rows: list[list[Place]] = []
         self._num_epochs = 0
 
@@ -54,13 +51,19 @@ class Packing:
         return int(rows[:whole].sum() + (num_epochs - whole) * rows[whole : whole + 1].sum())
 
     def _append_epoch(self) -> None:
-        epoch, num_examples = self._num_epochs, len(self.sizes)
+        epoch, num_examples = self._num_epochs, self.num_examples
+        sizes = self.sizes(epoch)
+        if sizes.max(initial=0) > self.seq_len:
+            raise ValueError(
+                f"data.seq_len={self.seq_len}: an example takes {int(sizes.max())} tokens with all its views; "
+                "raise data.seq_len, or lower objective.views or data.canvas_length"
+            )
         order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_examples)
         # Counted in the order of the rows, so that a batch holds consecutive ordinals, whose times are stratified.
         ordinals = itertools.count(epoch * num_examples)
         for start in range(0, num_examples, BUFFER):
             buffer = order[start : start + BUFFER]
-            for row in _best_fit(buffer, self.sizes[buffer], self.seq_len):
+            for row in _best_fit(buffer, sizes[buffer], self.seq_len):
                 self._rows.append([Place(example, epoch, next(ordinals)) for example in row])
         self._num_epochs += 1
 

@@ -1,12 +1,14 @@
 """Proof by experiment that a loaded model attends as promised: edit one token, see which logits move.
 
-A name on a list proves nothing: StableLM and Nemotron ignore `config.is_causal = False` under SDPA and stay silently causal
-(transformers 5.23). So every converted and every loaded model is probed with the kernel and dtype that it will run with.
+A name on a list proves nothing: StableLM and Nemotron ignore `config.is_causal = False` under SDPA and stay silently
+causal (transformers 5.23). So every converted and every loaded model is probed with the kernel and dtype that it will
+run with.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +28,13 @@ _PREFIX_VIEWS = [0] * 4 + [1] * 5 + [0] * 2 + [1] * 3 + [0] * 2
 def probe(model: PreTrainedModel, attention: str) -> bool:
     """Raises ValueError unless the model attends as `attention` ("bidirectional", "prefix" or "causal") says.
 
-    Returns whether one unpadded document needs no mask at all, because `config.is_causal = False` alone makes this model
-    bidirectional; where it does not, the mask is passed always, and a warning says that a plain load stays causal.
+    Returns whether one unpadded document needs no mask at all, because `config.is_causal = False` alone makes this
+    model bidirectional; where it does not, the mask is passed always, and a warning says that a plain load stays
+    causal.
 
-    One forward over copies of a packed row (two documents and padding), each copy with another token edited. What a token
-    may not see, even through other tokens, must not move it; what it sees directly must. And our head must be the model's.
+    One forward over copies of a packed row (two documents and padding), each copy with another token edited. What a
+    token may not see, even through other tokens, must not move it; what it sees directly must. And our head must be
+    the model's.
     """
     length, device = len(_DOCUMENTS), model.device
     views = {"causal": [0] * length, "prefix": _PREFIX_VIEWS}.get(attention, [1] * length)
@@ -51,14 +55,19 @@ def probe(model: PreTrainedModel, attention: str) -> bool:
 
 
 def _distinct_tokens(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
-    """`length` tokens and another for each, no two with the same embedding (rows that were never trained are often alike)."""
-    embedding = model.get_input_embeddings().weight
+    """`length` tokens and another for each, no two with one embedding (rows never trained are often alike)."""
+    embedding: Any = model.get_input_embeddings().weight
     candidates = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(0))[: 64 * length]
     _, kinds = torch.unique(embedding[candidates.to(embedding.device)], dim=0, return_inverse=True)
-    chosen = [(kinds == kind).nonzero()[0] for kind in kinds.unique()[: 2 * length]]
-    if len(chosen) < 2 * length:
-        raise ValueError(f"base={type(model).__name__}: its embedding has only {len(chosen)} different rows; wrong weights?")
-    return candidates[torch.cat(chosen).cpu()].to(model.device).chunk(2)
+    num_kinds = int(kinds.max()) + 1
+    if num_kinds < 2 * length:
+        raise ValueError(
+            f"base={type(model).__name__}: only {num_kinds} different rows in its embedding; wrong weights?"
+        )
+    # Kinds are in lexicographic order: far apart there, so that no two are alike but for rounding.
+    chosen = [(kinds == kind).nonzero()[0] for kind in torch.linspace(0, num_kinds - 1, 2 * length).long().tolist()]
+    picked = candidates[torch.cat(chosen).cpu()].to(model.device)
+    return picked[:length], picked[length:]
 
 
 def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout) -> Tensor:
@@ -72,7 +81,9 @@ def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout) -> Tensor:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"base={type(model).__name__}: does not take an explicit attention mask ({reason})") from error
     if not hidden.isfinite().all():
-        raise ValueError(f"base={type(model).__name__}: computes NaN or infinity in {model.dtype}; try another dtype, or mend it")
+        raise ValueError(
+            f"base={type(model).__name__}: computes NaN or infinity in {model.dtype}; try another dtype, or mend it"
+        )
     return hidden
 
 
@@ -93,9 +104,10 @@ def _check_pattern(model: PreTrainedModel, attention: str, layout: Layout, moved
 def _visibility(model: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:
     """(seen in some layer, reachable through all layers), [key, query] each."""
     windows = layer_windows(model.config)
-    kinds = getattr(model.config, "layer_types", None) if isinstance(windows, dict) else None
-    num_layers = model.config.num_hidden_layers
-    per_layer = [windows[kind] for kind in kinds] if kinds else [windows] * num_layers
+    if isinstance(windows, dict):
+        per_layer = [windows[kind] for kind in model.config.layer_types]
+    else:
+        per_layer = [windows] * model.config.num_hidden_layers
     length = layout.position_ids.shape[1]
     index = torch.arange(length, device=layout.position_ids.device)
     zero = torch.zeros((), dtype=torch.long, device=index.device)
@@ -130,4 +142,6 @@ def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
     hidden = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state
     ours = output_head(model)(hidden).float()
     if (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
-        raise ValueError(f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states")
+        raise ValueError(
+            f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
+        )

@@ -1,7 +1,7 @@
 """Decoding by refinement: guess every blank, keep the sure ones, blank the rest, repeat, stop early.
 
-With prefix attention the prompt goes through the model once and its KV cache is exact, so that a round costs the canvas alone;
-with bidirectional attention each round recomputes everything. The head always runs on blanks only.
+With prefix attention the prompt goes through the model once and its KV cache is exact, so that a round costs the
+canvas alone; with bidirectional attention each round recomputes everything. The head always runs on blanks only.
 Shapes: B rows, P prompt tokens, C canvas tokens, L = P + C, A rows still being refined, W columns still needed.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,14 @@ class SamplerConfig:
     """Which guesses are kept in a round: those at or above `threshold`, or the `tokens_per_step` most confident."""
 
     threshold: float | None = 0.9
-    """keep guesses with p >= threshold, and always the most confident one (Fast-dLLM, arXiv:2505.22618); None = do not"""
+    """keep guesses with p >= threshold, and always the surest one (Fast-dLLM, arXiv:2505.22618); None = do not"""
     tokens_per_step: int | None = None
     """keep this many most confident guesses a round instead (low-confidence remasking, LLaDA, arXiv:2502.09992)"""
+    order: str = "confidence"
+    """confidence: keep guesses anywhere; left_to_right: the leftmost blank and the run of guesses after it that pass"""
+    canvas_length: int | None = None
+    """blanks guessed at a time, from the first one on: the canvas moves along, and what it leaves behind joins the
+    cached context (prefix attention; for models trained with data.canvas_start=anywhere). None = all at a time"""
     temperature: float = 0.0
     """0 = the most likely token; confidence is the probability of the drawn token at temperature 1 in any case"""
     top_p: float = 1.0
@@ -35,13 +40,17 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.tokens_per_step is None):
             raise ValueError(
-                f"sampler.threshold={self.threshold} and sampler.tokens_per_step={self.tokens_per_step}: set exactly one "
-                "(the other to null)"
+                f"sampler.threshold={self.threshold} and sampler.tokens_per_step={self.tokens_per_step}: set exactly "
+                "one (the other to null)"
             )
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"sampler.threshold={self.threshold}: must lie in (0, 1]")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             raise ValueError(f"sampler.tokens_per_step={self.tokens_per_step}: must be at least 1")
+        if self.order not in ("confidence", "left_to_right"):
+            raise ValueError(f"sampler.order={self.order}: choose one of confidence, left_to_right")
+        if self.canvas_length is not None and self.canvas_length < 1:
+            raise ValueError(f"sampler.canvas_length={self.canvas_length}: must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"sampler.temperature={self.temperature}: must be at least 0")
         if not 0 < self.top_p <= 1:
@@ -55,7 +64,7 @@ class GenerateOutput:
     num_tokens: Tensor
     """[B] tokens written (blanks filled), without end-of-text and what follows it"""
     nfe: int
-    """forwards of the batch, the prompt's prefill included"""
+    """forwards of the batch; the first round computes the prompt along the way"""
     tpf: float
     """tokens written for each forward of a row, end-of-text not counted"""
     history: list[Tensor] = field(default_factory=list)
@@ -82,23 +91,29 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     keep_history: bool = False,
 ) -> GenerateOutput:
-    """Writes at most max_new_tokens after each prompt of input_ids [B, P], padded on the left as attention_mask [B, P] says.
+    """Writes at most max_new_tokens after each prompt of input_ids [B, P], left-padded as attention_mask [B, P] says.
 
-    Once an end-of-text is kept, what lies to its right is cut off. stop is asked about the tokens of a row that are settled
-    from the left without a gap, after each round; True ends the row there. Greedy rows do not depend on their batch.
+    Once an end-of-text is kept, what lies to its right is cut off. stop is asked about the tokens of a row that are
+    settled from the left without a gap, after each round; True ends the row there. Greedy rows do not depend on their
+    batch.
     """
     _check_prompt(lm, input_ids, attention_mask, max_new_tokens)
     lm_input = input_ids.to(lm.device)
     real = torch.ones_like(lm_input) if attention_mask is None else attention_mask.to(lm_input).long()
+    if sampler.canvas_length is not None and lm.spec.attention == "bidirectional":
+        raise ValueError(
+            f"sampler.canvas_length={sampler.canvas_length}: with bidirectional attention nothing joins a cached "
+            "context; set it to null, or convert with --attention prefix"
+        )
     canvas = torch.full((len(lm_input), max_new_tokens), lm.spec.mask_token_id, device=lm.device)
     tokens = torch.cat([lm_input, canvas], dim=1)
     num_prompt = lm_input.shape[1]
     layout = Layout.of(lm.spec.attention, torch.cat([real, torch.ones_like(canvas)], dim=1), num_prompt)
     is_blank = torch.zeros_like(tokens, dtype=torch.bool)
     is_blank[:, num_prompt:] = True
-    end = lm.tokenizer.eos_token_id
+    end: Any = lm.tokenizer.eos_token_id
     loop = _Refinement(lm, tokens, is_blank, layout, sampler, generator, streamer, keep_history)
-    return loop.run(num_prompt, num_cached=num_prompt if lm.spec.attention == "prefix" else 0, end_of_text=end, stop=stop)
+    return loop.run(num_prompt, cached=lm.spec.attention == "prefix", end_of_text=end, stop=stop)
 
 
 def infill(
@@ -115,17 +130,23 @@ def infill(
 
     With prefix attention what comes before the first blank is the prompt, and everything after is canvas.
     """
+    if sampler.canvas_length is not None:
+        raise ValueError(
+            f"sampler.canvas_length={sampler.canvas_length}: infilling has the whole text as its canvas; set it to null"
+        )
     tokens = input_ids.to(lm.device).clone()
     real = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens).long()
     is_blank = (tokens == lm.spec.mask_token_id) & real.bool()
     if not is_blank.any(dim=1).all():
-        raise ValueError(f"infill: a text has no blank; put the mask token {lm.tokenizer.mask_token} where it should write")
+        raise ValueError(
+            f"infill: a text has no blank; put the mask token {lm.tokenizer.mask_token} where it should write"
+        )
     layout = Layout.of("bidirectional", real)
     if lm.spec.attention != "bidirectional":
         before_first = (is_blank.cumsum(1) == 0) & real.bool()
         layout = Layout(layout.document_ids, (~before_first).long(), layout.position_ids)
     loop = _Refinement(lm, tokens, is_blank, layout, sampler, generator, streamer, keep_history)
-    return loop.run(0, num_cached=0, end_of_text=None, stop=None)
+    return loop.run(0, cached=False, end_of_text=None, stop=None)
 
 
 class _Refinement:
@@ -149,7 +170,9 @@ class _Refinement:
         self.was_blank = is_blank.clone()
         has_predictor = torch.nn.functional.pad(layout.document_ids[:, :-1] != PADDING_DOCUMENT, (1, 0))
         if lm.spec.shift_logits and (is_blank & ~has_predictor).any():
-            raise ValueError("infill: with shift_logits the first token of a text has no predictor; put a token before it")
+            raise ValueError(
+                "infill: with shift_logits the first token of a text has no predictor; put a token before it"
+            )
         windows = layer_windows(lm.model.config)
         spans = windows.values() if isinstance(windows, dict) else [windows]
         # Longer than the probe's row, a sliding window may be counted otherwise by the model than by our mask.
@@ -157,33 +180,31 @@ class _Refinement:
 
     @torch.no_grad()
     def run(
-        self, num_prompt: int, *, num_cached: int, end_of_text: int | None, stop: Callable[[list[int]], bool] | None
+        self, num_prompt: int, *, cached: bool, end_of_text: int | None, stop: Callable[[list[int]], bool] | None
     ) -> GenerateOutput:
-        batch, length = self.tokens.shape
-        rows = torch.arange(batch, device=self.tokens.device)  # those still being refined
-        row_nfe = torch.zeros_like(rows)
-        nfe, width = 0, length
-        cache, before = None, None
-        if num_cached:
-            # 1. The prompt, once. Its last hidden state predicts the first canvas token where logits are shifted.
-            cache = DynamicCache()
-            prompt = Layout(*(x[:, :num_cached] for x in _parts(self.layout)))
-            before = hidden_states(self.lm.model, self.tokens[:, :num_cached], prompt, cache=cache)[:, -1:]
-            nfe, row_nfe = 1, row_nfe + 1
+        batch, device = len(self.tokens), self.tokens.device
+        rows = torch.arange(batch, device=device)  # those still being written
+        start = torch.full((batch,), num_prompt if cached else 0, device=device)  # where each row's canvas begins
+        context = _Context.empty(batch, device) if cached else None
+        nfe, row_nfe = 0, torch.zeros_like(rows)
         while len(rows):
-            # 2. Guess every blank.
-            guesses, confidence = self._guess(rows, num_cached, width, cache, before)
+            # 1. The canvas of each row: its blanks, and what is settled between them.
+            if self.sampler.canvas_length is not None:
+                start[rows] = self.is_blank[rows].long().argmax(1)
+            hidden, columns, is_canvas = self._forward(rows, start[rows], context)
             nfe += 1
             row_nfe[rows] += 1
+            # 2. Guess every blank.
+            blanks = self.is_blank[rows[:, None], columns] & is_canvas
+            guesses, confidence = self._guess(hidden, blanks)
             # 3. Keep the sure ones; the others stay blank.
-            kept = self._keep(confidence)
-            window = self.tokens[rows, num_cached:width]
-            self.tokens[rows, num_cached:width] = torch.where(kept, guesses, window)
-            self.is_blank[rows, num_cached:width] &= ~kept
-            # 4. Cut what lies behind an end-of-text, and stop.
+            row, place = self._keep(confidence).nonzero(as_tuple=True)
+            kept = rows[row], columns[row, place]
+            self.tokens[kept], self.is_blank[kept] = guesses[row, place], False
+            # 4. Cut what lies behind an end-of-text, and stop. Rows with nothing left to write leave the batch.
             if end_of_text is not None:
                 self._cut(rows, num_prompt, end_of_text)
-            if stop is not None:
+            if stop is not None and end_of_text is not None:
                 self._stop(rows, num_prompt, stop, end_of_text)
             if self.keep_history:
                 self.history.append(self.tokens.clone())
@@ -192,32 +213,48 @@ class _Refinement:
             going = self.is_blank[rows].any(1)
             if not going.all():
                 rows = rows[going]
-                if cache is not None and len(rows):
-                    cache.batch_select_indices(going.nonzero().flatten())
-                    before = before[going] if before is not None else None
-            if len(rows):
-                width = int((self.layout.document_ids[rows] != PADDING_DOCUMENT).any(0).nonzero().max()) + 1
+                if context is not None and len(rows):
+                    context.select(going)
         if self.streamer is not None:
             self.streamer.end()
         num_tokens = self._num_tokens(num_prompt, end_of_text)
         tpf = int(num_tokens.sum()) / max(1, int(row_nfe.sum()))
         return GenerateOutput(self.tokens, num_tokens, nfe, tpf, self.history)
 
-    def _guess(
-        self, rows: Tensor, start: int, width: int, cache: DynamicCache | None, before: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(token, its probability) for each column in [start, width) of the rows, [A, W]; probability -1 where not blank."""
-        model = self.lm.model
-        layout = Layout(*(x[rows, :width] for x in _parts(self.layout)))
-        unpadded = bool((layout.document_ids != PADDING_DOCUMENT).all())
-        unmasked = self.lm.mask_free and cache is None and unpadded and width <= self.mask_free_length
-        hidden = hidden_states(model, self.tokens[rows, start:width], None if unmasked else layout, cache=cache)
-        if cache is not None:
-            cache.crop(start - width)  # negative: forget that many of the newest
+    def _forward(self, rows: Tensor, start: Tensor, context: _Context | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden states that predict the canvas [A, W, D], its columns [A, W], which of them are canvas [A, W]).
+
+        One forward over what joined the context since the last round, M columns, and the canvas, W columns: rows may
+        differ in both, so columns that a row does not have are padding. The cache keeps the M and forgets the W.
+        """
+        length = self.tokens.shape[1]
+        every = torch.arange(length, device=rows.device)
+        used = torch.where(self.layout.document_ids[rows] != PADDING_DOCUMENT, every + 1, 0).amax(1)
+        end = used if self.sampler.canvas_length is None else torch.minimum(used, start + self.sampler.canvas_length)
+        num_cached = start if context is None else context.num_columns
+        num_new, width = int((start - num_cached).max()), int((end - start).max())
+        columns = start[:, None] + torch.arange(-num_new, width, device=rows.device)
+        valid = (columns >= num_cached[:, None]) & (columns < end[:, None])
+        columns = columns.clamp(0, length - 1)
+        document_ids, view_ids, position_ids = (x[rows[:, None], columns] for x in _parts(self.layout))
+        view_ids[:, :num_new] = 0
+        layout = Layout(torch.where(valid, document_ids, PADDING_DOCUMENT), view_ids, position_ids)
+        tokens = self.tokens[rows[:, None], columns]
+        if context is None:
+            unmasked = self.lm.mask_free and width <= self.mask_free_length and bool((layout.document_ids != 0).all())
+            hidden = hidden_states(self.lm.model, tokens, None if unmasked else layout)
+            before = None
+        else:
+            hidden = hidden_states(self.lm.model, tokens, context.followed_by(layout), cache=context.cache)
+            before = context.append(layout, hidden, num_new, start)
+        hidden = hidden[:, num_new:]
         if self.lm.spec.shift_logits:
             first = torch.zeros_like(hidden[:, :1]) if before is None else before
             hidden = torch.cat([first, hidden[:, :-1]], dim=1)
-        blanks = self.is_blank[rows, start:width]
+        return hidden, columns[:, num_new:], valid[:, num_new:]
+
+    def _guess(self, hidden: Tensor, blanks: Tensor) -> tuple[Tensor, Tensor]:
+        """(token, its probability) of each blank, [A, W]; probability -1 where there is none."""
         logits = self.head(hidden[blanks]).float()
         logits[:, self.lm.spec.mask_token_id] = -torch.inf
         tokens, probability = self._draw(logits)
@@ -241,11 +278,15 @@ class _Refinement:
     def _keep(self, confidence: Tensor) -> Tensor:
         """Which guesses are kept, [A, W]; at least one in each row that has a blank."""
         blank = confidence >= 0
-        num_kept = self.sampler.tokens_per_step or 1
-        best = confidence.topk(min(num_kept, confidence.shape[1]), dim=1).indices
+        left_to_right = self.sampler.order == "left_to_right"
+        from_left = torch.arange(confidence.shape[1], 0, -1, device=blank.device).expand_as(blank).where(blank, 0)
+        ranking = from_left if left_to_right else confidence
+        best = ranking.topk(min(self.sampler.tokens_per_step or 1, confidence.shape[1]), dim=1).indices
         kept = torch.zeros_like(blank).scatter_(1, best, True)
         if self.sampler.threshold is not None:
             kept |= confidence >= self.sampler.threshold
+        if left_to_right:
+            kept &= (blank & ~kept).cumsum(1) == 0  # nothing behind a guess that does not pass
         return kept & blank
 
     def _cut(self, rows: Tensor, num_prompt: int, end_of_text: int) -> None:
@@ -258,7 +299,7 @@ class _Refinement:
         documents = self.layout.document_ids
         documents[rows, num_prompt:] = torch.where(behind, PADDING_DOCUMENT, documents[rows, num_prompt:])
 
-    def _stop(self, rows: Tensor, num_prompt: int, stop: Callable[[list[int]], bool], end_of_text: int | None) -> None:
+    def _stop(self, rows: Tensor, num_prompt: int, stop: Callable[[list[int]], bool], end_of_text: int) -> None:
         for row in rows.tolist():
             blank = self.is_blank[row, num_prompt:]
             settled = int(blank.long().argmax()) if blank.any() else len(blank)
@@ -273,6 +314,41 @@ class _Refinement:
         return written.sum(1)
 
 
+class _Context:
+    """What stands before the canvas: its KV cache, and where each slot of it stands. Rows may differ in length."""
+
+    def __init__(self, cache: DynamicCache, layout: Layout, num_columns: Tensor) -> None:
+        self.cache, self.layout, self.num_columns = cache, layout, num_columns
+        self.last_hidden: Tensor | None = None  # [A, 1, D], predicts the canvas' first token where logits are shifted
+
+    @staticmethod
+    def empty(batch: int, device: torch.device) -> _Context:
+        nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        return _Context(
+            DynamicCache(), Layout(nothing, nothing, nothing), torch.zeros(batch, dtype=torch.long, device=device)
+        )
+
+    def followed_by(self, layout: Layout) -> Layout:
+        return Layout(*(torch.cat(pair, dim=1) for pair in zip(_parts(self.layout), _parts(layout), strict=True)))
+
+    def append(self, layout: Layout, hidden: Tensor, num_new: int, num_columns: Tensor) -> Tensor | None:
+        """Keeps the first num_new of the slots that a forward has added; the last hidden state of each context."""
+        self.cache.crop(num_new - hidden.shape[1])  # negative: forget that many of the newest
+        self.layout = self.followed_by(Layout(*(x[:, :num_new] for x in _parts(layout))))
+        if num_new:
+            newest, grew = hidden[:, num_new - 1 : num_new], (num_columns > self.num_columns)[:, None, None]
+            self.last_hidden = newest if self.last_hidden is None else torch.where(grew, newest, self.last_hidden)
+        self.num_columns = num_columns.clone()
+        return self.last_hidden
+
+    def select(self, going: Tensor) -> None:
+        """Keeps the rows where going [A] is True."""
+        self.cache.batch_select_indices(going.nonzero().flatten())
+        self.layout = Layout(*(x[going] for x in _parts(self.layout)))
+        self.num_columns = self.num_columns[going]
+        self.last_hidden = None if self.last_hidden is None else self.last_hidden[going]
+
+
 def _parts(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     return layout.document_ids, layout.view_ids, layout.position_ids
 
@@ -283,13 +359,15 @@ def _check_prompt(lm: DiffusionLM, input_ids: Tensor, attention_mask: Tensor | N
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has the shape {list(input_ids.shape)}; needs [batch, at least one token]")
     if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ValueError("attention_mask: prompts must be padded on the left, so that they all end where the canvas begins")
+        raise ValueError(
+            "attention_mask: prompts must be padded on the left, so that they all end where the canvas begins"
+        )
     if lm.tokenizer.eos_token_id is None:
         raise ValueError("checkpoint: its tokenizer has no end-of-text token, at which to stop; set its eos_token")
     longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens}: with the prompt's {longest} tokens that is more than the {limit} positions that the "
-            "model has; shorten one of them"
+            f"max_new_tokens={max_new_tokens}: with the prompt's {longest} tokens that is more than the "
+            f"{limit} positions that the model has; shorten one of them"
         )

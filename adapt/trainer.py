@@ -22,10 +22,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -55,7 +54,9 @@ from .objective import diffusion_loss
 from .packing import Packing
 from .resume import COMPLETE, newest_checkpoint, remove_unfinished
 
-_CAUSAL = DiffusionSpec(attention="prefix", mask_token_id=-1)  # for objective.name=ar, which lays no canvas and draws no noise
+_CAUSAL = DiffusionSpec(
+    attention="prefix", mask_token_id=-1
+)  # for objective.name=ar, which lays no canvas and draws no noise
 
 
 class DiffusionTrainer(Trainer):
@@ -71,22 +72,27 @@ class DiffusionTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.metrics = RunningMetrics(self.args.device)
 
-    def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None):
+    def compute_loss(
+        self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ):
         # 1. What each token sees.
-        layout = Layout(inputs["document_ids"], inputs["view_ids"], inputs["position_ids"])
+        layout = Layout(inputs["document_ids"], inputs["view_ids"], inputs["position_ids"], inputs["context_lengths"])
         # 2. Forward; the head on noised rows only. -log p of each noised token, [N].
         nll = model(
             input_ids=inputs["input_ids"],
             layout=layout,
             right_window=self._right_window(),
-            rows=inputs["rows"],
-            targets=inputs["targets"],
+            rows=torch.cat([inputs["rows"], inputs["ar_rows"]]),
+            targets=torch.cat([inputs["targets"], inputs["ar_targets"]]),
         )
+        nll, ar_nll = nll.split([len(inputs["rows"]), len(inputs["ar_rows"])])
         # 3. Sum in nats, divided once by the count over ranks and accumulation (the backward pass averages over ranks).
         loss_sum, _, metrics = diffusion_loss(nll, inputs["elbo_weight"], inputs["num_maskable"], self.weight)
         self.metrics.add(metrics, num_tokens=inputs["input_ids"].numel())
         assert num_items_in_batch is not None
-        return loss_sum * self.args.world_size / num_items_in_batch
+        num_tokens, num_ar_tokens = num_items_in_batch
+        loss = loss_sum / num_tokens + self.recipe.objective.ar_weight * ar_nll.sum() / num_ar_tokens
+        return loss * self.args.world_size
 
     def _right_window(self) -> int | None:
         """Annealing, causal to bidirectional: how many tokens to its right a canvas token sees at this step; None = all."""
@@ -96,12 +102,13 @@ class DiffusionTrainer(Trainer):
         return self.longest_canvas * self.state.global_step // steps
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """Tokens that the loss of one optimizer step is divided by, over accumulation and ranks."""
-        counts = [
-            batch["num_maskable"] if self.weight == "elbo" else torch.tensor(len(batch["targets"])) for batch in batch_samples
+        """[2]: tokens that the diffusion and the AR loss of a step are divided by, over accumulation and ranks."""
+        noised = [
+            b["num_maskable"] if self.weight == "elbo" else torch.tensor(len(b["targets"])) for b in batch_samples
         ]
-        total = torch.stack([count.to(device) for count in counts]).sum()
-        return self.accelerator.gather(total.reshape(1)).sum().clamp(min=1)
+        ar = [torch.tensor(len(batch["ar_targets"])) for batch in batch_samples]
+        here = torch.stack([torch.stack([x.to(device) for x in counts]).sum() for counts in (noised, ar)])
+        return self.accelerator.reduce(here, reduction="sum").clamp(min=1)
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
@@ -136,7 +143,9 @@ def train(recipe: Recipe) -> Path:
     # 1. Everything that can be refused cheaply.
     final = output_dir / "model"
     if final.exists():
-        raise ValueError(f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder or remove it")
+        raise ValueError(
+            f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder or remove it"
+        )
     _check_base(recipe)
     args = _training_arguments(recipe)
     is_main = args.process_index == 0
@@ -148,8 +157,19 @@ def train(recipe: Recipe) -> Path:
         folder = _diffusion_checkpoint(recipe, output_dir, is_main)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
+    if recipe.data.canvas_start == "anywhere" and spec.attention == "bidirectional":
+        raise ValueError(
+            "data.canvas_start=anywhere: a bidirectional checkpoint has no causal context for a canvas to hang off; "
+            "set it to prompt, or convert with model.attention=prefix"
+        )
     canvases = Canvases(
-        spec, recipe.noise, recipe.objective, recipe.data.canvas_length, tokenizer.eos_token_id, recipe.training.seed
+        spec,
+        recipe.noise,
+        recipe.objective,
+        recipe.data.canvas_length,
+        recipe.data.canvas_start,
+        tokenizer.eos_token_id,
+        recipe.training.seed,
     )
     # 3. The data, as rows in the order of the run.
     with args.main_process_first(local=False, desc="tokenise"):
@@ -182,25 +202,26 @@ def train(recipe: Recipe) -> Path:
 def _packed_rows(recipe: Recipe, canvases: Canvases, examples: Dataset) -> tuple[PackedRows, int]:
     """(the rows that the run reads; tokens of the longest stretch in which attention is bidirectional)."""
     ours = recipe.training
-    sizes = canvases.sizes(lengths(examples, "context"), lengths(examples, "target"))
-    packing = Packing(sizes.total, recipe.data.seq_len, ours.seed)
+    contexts, targets = lengths(examples, "context"), lengths(examples, "target")
+    packing = Packing(partial(canvases.sizes, contexts, targets), recipe.data.seq_len, ours.seed)
     num_steps = ours.num_steps or packing.num_rows(ours.num_epochs or 0) // ours.global_batch_size
     if num_steps == 0:
         raise ValueError(
             f"training.num_epochs={ours.num_epochs}: the data has {packing.num_rows(1)} packed rows an epoch, too few for one "
             f"step of training.global_batch_size={ours.global_batch_size}; lower it, or set training.num_steps"
         )
-    return PackedRows(examples, packing, canvases, num_steps * ours.global_batch_size), int(sizes.canvas.max())
+    longest_canvas = canvases.longest_canvas(contexts, targets)
+    return PackedRows(examples, packing, canvases, num_steps * ours.global_batch_size), longest_canvas
 
 
 def _summary(rows: PackedRows, checkpoint: Path | None, args: TrainingArguments) -> str:
     packing = rows.packing
     per_epoch = packing.num_rows(1)
-    fill = packing.sizes.sum() / (per_epoch * packing.seq_len)
+    fill = packing.sizes(0).sum() / (per_epoch * packing.seq_len)
     how = f"from step {checkpoint.name.rsplit('-', 1)[1]} ({checkpoint})" if checkpoint else "from the start"
     return (
-        f"{len(packing.sizes):,} examples in {per_epoch:,} rows of {packing.seq_len} tokens ({fill:.0%} full); "
-        f"{args.max_steps:,} steps of {len(rows) // args.max_steps} rows on {args.world_size} ranks, {how}"
+        f"{packing.num_examples:,} examples in {per_epoch:,} rows of {packing.seq_len} tokens ({fill:.0%} full); "
+        f"{args.max_steps:,} steps of {len(rows) // args.max_steps} rows on {args.world_size} rank{'s' * (args.world_size > 1)}, {how}"
     )
 
 
@@ -257,7 +278,11 @@ def _check_schedule(ours: TrainingConfig, num_steps: int) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=ours.learning_rate)
     try:
         transformers.get_scheduler(
-            ours.lr_scheduler, optimizer, ours.warmup_steps, num_steps, scheduler_specific_kwargs=ours.lr_scheduler_options
+            ours.lr_scheduler,
+            optimizer,
+            ours.warmup_steps,
+            num_steps,
+            scheduler_specific_kwargs=ours.lr_scheduler_options,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -388,7 +413,9 @@ def _compile_layers(model: PreTrainedModel) -> None:
     num_layers = model.config.num_hidden_layers
     lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers]
     if not lists:
-        raise ValueError(f"model.torch_compile=true: found no list of {num_layers} decoder layers in {type(model).__name__}")
+        raise ValueError(
+            f"model.torch_compile=true: found no list of {num_layers} decoder layers in {type(model).__name__}"
+        )
     for layer in lists[0]:
         layer.compile(dynamic=False)  # rows are padded to seq_len, so there is one shape
 
@@ -411,7 +438,9 @@ def _save_final(trainer: DiffusionTrainer, base_folder: Path, final: Path) -> No
             trainer.processing_class.save_pretrained(staged)
         if (base_folder / "generation_config.json").is_file():
             shutil.copyfile(base_folder / "generation_config.json", staged / "generation_config.json")
-        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle of this machine's settings; config.yaml says more
+        (staged / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle of this machine's settings; config.yaml says more
         staged.rename(final)
     trainer.accelerator.wait_for_everyone()
 
@@ -420,6 +449,8 @@ def _quiet_libraries() -> None:
     """Leaves the console to us: one bar, and one line for what happens, on rank 0."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if int(os.environ.get("RANK", "0")) != 0:
+        disable_progress_bars()
     for name in ("accelerate", "bitsandbytes", "DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -29,7 +29,8 @@ def shards(folder: Path) -> dict[str, list[str]]:
         files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     else:
         raise ValueError(
-            f"base={folder}: no {SINGLE} or {INDEX} in it; pickled weights are not read, convert them to safetensors first"
+            f"base={folder}: no {SINGLE} or {INDEX} in it; pickled weights are not read, convert them to "
+            "safetensors first"
         )
     for name in files:
         if not (folder / name).is_file():
@@ -54,7 +55,9 @@ def embedding_names(folder: Path, config: PretrainedConfig) -> list[str]:
     names |= {name.removeprefix(prefix) for name in names}  # checkpoints of the bare backbone (GPT-2) have no prefix
     found = sorted(name for tensors in shards(folder).values() for name in tensors if name in names)
     if not found:
-        raise ValueError(f"base={folder}: none of its tensors is the embedding of {config.model_type}; wrong config.json?")
+        raise ValueError(
+            f"base={folder}: none of its tensors is the embedding of {config.model_type}; wrong config.json?"
+        )
     return found
 
 
@@ -70,7 +73,7 @@ def num_embeddings(folder: Path, config: PretrainedConfig) -> int:
 
 
 def copy(source: Path, out: Path, rewrite: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    """Copies all shards and the index from `source` to `out`, passing the tensors named in `rewrite` through its functions."""
+    """Copies all shards and the index from `source` to `out`; tensors named in `rewrite` go through its functions."""
     for file, names in tqdm(shards(source).items(), desc="weights", unit="shard", disable=None):
         if any(name in rewrite for name in names):
             _copy_shard(source / file, out / file, rewrite)

@@ -89,7 +89,7 @@ def diffusion_lm(checkpoint_folder: Callable[..., Path]) -> "Callable[..., Diffu
     """diffusion_lm("llama", "prefix", shift_logits=False): the checkpoint, loaded and probed. Not to be changed."""
     import adapt
 
-    made: "dict[tuple, DiffusionLM]" = {}
+    made: dict[tuple, DiffusionLM] = {}
 
     def lm(kind: str, attention: str, shift_logits: bool = False) -> "DiffusionLM":
         key = (kind, attention, shift_logits)

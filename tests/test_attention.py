@@ -38,6 +38,14 @@ def test_prompt_is_causal_and_canvases_are_blind_to_each_other_and_to_other_docu
     ]
 
 
+def test_a_canvas_may_hang_off_the_middle_of_a_context_that_goes_on_beside_it():
+    views, positions = torch.tensor([[0, 0, 0, 0, 1, 1, 0]]), torch.tensor([[0, 1, 2, 3, 2, 3, 0]])
+    documents, lengths = torch.tensor([[1, 1, 1, 1, 1, 1, 0]]), torch.tensor([[1, 2, 3, 4, 2, 2, 1]])
+    layout = Layout(documents, views, positions, lengths)
+    assert _seen(layout) == ["x......", "xx.....", "xxx....", "xxxx...", "xx..xx.", "xx..xx.", "......x"]
+    assert torch.equal(layout.last(3).context_lengths, lengths[:, -3:])
+
+
 def test_a_sliding_window_is_below_in_context_and_inclusive_in_a_canvas():
     causal = Layout(torch.ones(1, 5).long(), torch.zeros(1, 5).long(), torch.arange(5)[None])
     canvas = Layout(torch.ones(1, 5).long(), torch.ones(1, 5).long(), torch.arange(5)[None])
@@ -74,7 +82,7 @@ def test_eager_and_sdpa_masks_say_the_same_and_a_cache_needs_only_the_last_rows(
     assert (additive[~boolean] == torch.finfo(torch.bfloat16).min).all()
     assert torch.equal(attention_mask(config, ROW, num_queries=4), attention_mask(config, ROW)[:, :, -4:])
     config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="model.attn_implementation=flash_attention_2: "):
+    with pytest.raises(ValueError, match=r"model\.attn_implementation=flash_attention_2: "):
         attention_mask(config, ROW)
 
 

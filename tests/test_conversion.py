@@ -42,7 +42,7 @@ def _random_tokens(rows: int, length: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-# -- who sees whom ------------------------------------------------------------------------------------------------------
+# -- who sees whom ----------------------------------------------------------------------------------------------------
 
 # document, view, position of each token: a document with a prompt and two canvases, another document, padding.
 PREFIX_ROW = (
@@ -63,7 +63,7 @@ def _sees(query: tuple[int, int, int], key: tuple[int, int, int], window: int | 
     if query_document != key_document:
         return False
     if query_view == 0:
-        return key_view == 0 and 0 <= distance and (window is None or distance < window)
+        return key_view == 0 and distance >= 0 and (window is None or distance < window)
     in_window = window is None or abs(distance) <= window
     return in_window and ((key_view == 0 and distance >= 0) or key_view == query_view)
 
@@ -89,13 +89,15 @@ def test_a_token_moves_exactly_the_logits_of_those_that_see_it(diffusion_lm, kin
     assert (moved[seen[0] | seen[1]] > 1e-4).all()
 
 
-# -- weights ------------------------------------------------------------------------------------------------------------
+# -- weights ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_bit_identical_but_for_the_row_of_the_mask_token(base_folder, checkpoint_folder, kind):
     before, after = _tensors(base_folder(kind)), _tensors(checkpoint_folder(kind, "bidirectional"))
-    mask = json.loads((checkpoint_folder(kind, "bidirectional") / "config.json").read_text())["diffusion"]["mask_token_id"]
+    mask = json.loads((checkpoint_folder(kind, "bidirectional") / "config.json").read_text())["diffusion"][
+        "mask_token_id"
+    ]
     assert before.keys() == after.keys()
     rewritten = before.keys() & EMBEDDINGS
     assert len(rewritten) == (2 if kind == "llama" else 1)
@@ -110,11 +112,18 @@ def test_weights_are_bit_identical_but_for_the_row_of_the_mask_token(base_folder
 
 
 def test_a_sharded_checkpoint_keeps_its_shards_and_its_index_adds_up(base_folder, checkpoint_folder):
-    before, after = (json.loads((f / weights.INDEX).read_text()) for f in (base_folder("llama"), checkpoint_folder("llama", "prefix")))
+    before, after = (
+        json.loads((f / weights.INDEX).read_text())
+        for f in (base_folder("llama"), checkpoint_folder("llama", "prefix"))
+    )
     assert len(set(before["weight_map"].values())) > 1
     assert after["weight_map"] == before["weight_map"]
-    assert after["metadata"]["total_size"] == before["metadata"]["total_size"] + 2 * 32 * 4  # embedding and head: one row each
-    assert after["metadata"]["total_size"] == sum(t.nbytes for t in _tensors(checkpoint_folder("llama", "prefix")).values())
+    assert (
+        after["metadata"]["total_size"] == before["metadata"]["total_size"] + 2 * 32 * 4
+    )  # embedding and head: one row each
+    assert after["metadata"]["total_size"] == sum(
+        t.nbytes for t in _tensors(checkpoint_folder("llama", "prefix")).values()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +190,9 @@ def test_smollm2_from_its_gguf_keeps_its_causal_mode_and_attends_as_promised(tmp
     tokens = tokenizer("The capital of France is Paris, and that of Italy is", return_tensors="pt").input_ids
     expected = original(tokens).logits
     assert tokenizer.decode(expected[0, -1].argmax()) == " Rome"
-    lm = adapt.load(convert(gguf, tmp_path / "out", attention="prefix", verify=False), device="cpu")  # the probe runs here
+    lm = adapt.load(
+        convert(gguf, tmp_path / "out", attention="prefix", verify=False), device="cpu"
+    )  # the probe runs here
     plain = lm.model(tokens).logits
     others = torch.arange(expected.shape[-1]) != lm.spec.mask_token_id
     assert torch.equal(plain[..., : len(others)][..., others], expected[..., others])
@@ -189,13 +200,19 @@ def test_smollm2_from_its_gguf_keeps_its_causal_mode_and_attends_as_promised(tmp
     torch.testing.assert_close(causal[..., : len(others)][..., others], expected[..., others], rtol=1e-3, atol=1e-3)
 
 
-# -- the mask token -----------------------------------------------------------------------------------------------------
+# -- the mask token ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "kind, special, wanted, mask_id, rows",
     [
-        ("llama", ["<|reserved_special_token_2|>", "<|reserved_special_token_3|>"], None, VOCABULARY + 1, VOCABULARY + 2),
+        (
+            "llama",
+            ["<|reserved_special_token_2|>", "<|reserved_special_token_3|>"],
+            None,
+            VOCABULARY + 1,
+            VOCABULARY + 2,
+        ),
         ("qwen3", [], None, VOCABULARY, 320),  # rows beyond the tokenizer are used
         ("gemma3", [], None, VOCABULARY, VOCABULARY + 1),  # a new row
         ("gemma3", ["<unused0>"], "[MASK]", VOCABULARY + 1, VOCABULARY + 2),
@@ -230,11 +247,11 @@ def test_chat_template_generation_config_and_unknown_keys_survive(base_folder, t
     assert changed == {"diffusion", "from_the_future"}
 
 
-# -- interruptions ------------------------------------------------------------------------------------------------------
+# -- interruptions ----------------------------------------------------------------------------------------------------
 
 
 def _convert_and_die(base: Path, out: Path, at: str) -> None:
-    """Convert in a forked process that kills itself at a write of the file named `at`, in the probe, or at the rename."""
+    """Convert in a forked process that kills itself on writing the file `at`, in the probe, or at the rename."""
 
     def hook(event: str, args: tuple) -> None:
         writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
@@ -265,18 +282,25 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_its_result(base_fold
     assert adapt.checkpoint.is_diffusion_checkpoint(convert(base_folder("gemma3"), out, verify=False))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)")]
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing(base_folder, tmp_path, monkeypatch, capsys, error):
     def full(*_args, **_options):
         raise error
 
     monkeypatch.setattr(weights, "_copy_bytes", full)
     assert cli(["convert", str(base_folder("gemma3")), str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"adapt convert: error: out={tmp_path}/out: the disk is full")
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .splitlines()[-1]
+        .startswith(f"adapt convert: error: out={tmp_path}/out: the disk is full")
+    )
     assert not list(tmp_path.iterdir())
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 def _folder(tmp_path: Path, base_folder, what: str) -> Path:
@@ -353,7 +377,9 @@ REFUSED_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options, said", REFUSED_OPTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "options, said", REFUSED_OPTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_an_option_that_cannot_be_is_refused_in_one_line(base_folder, tmp_path, capsys, options, said):
     assert cli(["convert", str(base_folder("gemma3")), str(tmp_path / "out"), *options]) == 1
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
@@ -382,7 +408,7 @@ def test_weights_that_lack_a_tensor_are_not_loaded_at_random(checkpoint_folder, 
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"], config["layer_types"] = 3, [*config["layer_types"], "full_attention"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no weights for model.layers.2"):
+    with pytest.raises(ValueError, match=r"no weights for model\.layers\.2"):
         adapt.load(folder, device="cpu")
 
 
@@ -393,5 +419,7 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(base_folder, tmp
     shutil.copy(tmp_path / "other" / "model.safetensors", base)
     out = convert(base, tmp_path / "out", verify=False)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(out).model.norm.weight, model.model.norm.weight)
-    assert torch.equal(_tensors(out)["model.layers.0.self_attn.q_proj.weight"], model.model.layers[0].self_attn.q_proj.weight)
+    assert torch.equal(
+        _tensors(out)["model.layers.0.self_attn.q_proj.weight"], model.model.layers[0].self_attn.q_proj.weight
+    )
     assert not (out / weights.INDEX).exists()

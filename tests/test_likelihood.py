@@ -34,7 +34,8 @@ def _exact_nelbo(lm: DiffusionLM, context: list[int], target: list[int]) -> floa
 
 
 @pytest.mark.parametrize(
-    "kind, attention, shift", [("llama", "prefix", True), ("llama", "bidirectional", False), ("gemma3", "prefix", False)]
+    "kind, attention, shift",
+    [("llama", "prefix", True), ("llama", "bidirectional", False), ("gemma3", "prefix", False)],
 )
 def test_it_is_the_sum_over_all_sets_of_noised_tokens(diffusion_lm, kind, attention, shift):
     lm = diffusion_lm(kind, attention, shift)

@@ -15,7 +15,7 @@ from adapt.model import DiffusionLM, hidden_states, output_head
 from adapt.sampler import SamplerConfig, generate, infill
 
 CANVAS = 9
-PROMPTS = [[5, 17, 33, 80, 41, 9, 120], [200, 7], [61, 62, 63, 64]]
+PROMPTS = [[5, 17, 33, 80, 41, 9, 120], [200, 7], [61, 62, 63, 64], [250, 3, 90, 14, 77]]
 MODELS = [
     ("llama", "prefix", False),
     ("llama", "prefix", True),
@@ -23,6 +23,7 @@ MODELS = [
     ("gemma3", "prefix", True),
     ("llama", "bidirectional", False),
     ("gemma3", "bidirectional", True),
+    ("gpt2", "prefix", True),  # absolute positions: the others would not notice if padding shifted them
 ]
 
 
@@ -52,18 +53,24 @@ def _reference(lm: DiffusionLM, prompt: list[int], config: SamplerConfig) -> tup
     rounds = 0
     while None in canvas:
         rounds += 1
+        start = canvas.index(None) if config.canvas_length else 0  # what lies before is context
         length = canvas.index(end) + 1 if end in canvas else CANVAS
+        length = min(length, start + (config.canvas_length or CANVAS))
         tokens = torch.tensor([prompt + [mask if token is None else token for token in canvas[:length]]])
-        layout = Layout.of(lm.spec.attention, torch.ones_like(tokens), len(prompt))
+        layout = Layout.of(lm.spec.attention, torch.ones_like(tokens), len(prompt) + start)
         logits = output_head(lm.model)(hidden_states(lm.model, tokens, layout))[0]
         logits[:, mask] = -math.inf
         confidence, guesses = logits.softmax(-1).max(-1)
         blanks = [i for i in range(length) if canvas[i] is None]
         place = {i: len(prompt) + i - int(lm.spec.shift_logits) for i in blanks}
-        surest = sorted(blanks, key=lambda i: -float(confidence[place[i]]))[: config.tokens_per_step or 1]
+        left_to_right = config.order == "left_to_right"
+        ranked = blanks if left_to_right else sorted(blanks, key=lambda i: -float(confidence[place[i]]))
         for i in blanks:
-            if i in surest or (config.threshold is not None and confidence[place[i]] >= config.threshold):
+            sure = config.threshold is not None and confidence[place[i]] >= config.threshold
+            if sure or i in ranked[: config.tokens_per_step or 1]:
                 canvas[i] = int(guesses[place[i]])
+            elif left_to_right:
+                break
         if end in canvas:
             canvas[canvas.index(end) :] = [end] * (CANVAS - canvas.index(end))
     return [token for token in canvas if token is not None], rounds
@@ -74,17 +81,33 @@ def test_a_batch_writes_what_an_uncached_loop_writes_for_each_prompt_alone(diffu
     lm = diffusion_lm(kind, attention, shift)
     ids, attention_mask = _padded(PROMPTS)
     surest_first, all_at_once = SamplerConfig(threshold=None, tokens_per_step=1), SamplerConfig(threshold=1e-6)
-    end = _reference(lm, PROMPTS[0], surest_first)[0][5]  # a token that will come, so that rows end at different rounds
-    for config in (surest_first, all_at_once, SamplerConfig(threshold=0.5), SamplerConfig(threshold=None, tokens_per_step=3)):
-        for ending in (lm, _with_end(lm, end)):
+    first = _reference(lm, PROMPTS[0], surest_first)[0]
+    # Rows end, and leave the batch, at different rounds.
+    endings = [lm, _with_end(lm, first[5]), _with_end(lm, first[0])]
+    configs = [
+        surest_first,
+        all_at_once,
+        SamplerConfig(threshold=0.5),
+        SamplerConfig(threshold=None, tokens_per_step=4),
+        SamplerConfig(threshold=0.3, order="left_to_right"),
+        SamplerConfig(threshold=None, tokens_per_step=2, order="left_to_right"),
+    ]
+    if attention == "prefix":  # the canvas moves along, at another pace in each row
+        configs += [SamplerConfig(threshold=0.4, canvas_length=4), SamplerConfig(threshold=0.4, canvas_length=1)]
+        configs += [SamplerConfig(threshold=None, tokens_per_step=2, canvas_length=3)]
+    for config in configs:
+        for ending in endings:
             expected = [_reference(ending, prompt, config) for prompt in PROMPTS]
             out = generate(ending, ids, attention_mask=attention_mask, max_new_tokens=CANVAS, sampler=config)
             assert out.sequences[:, ids.shape[1] :].tolist() == [canvas for canvas, _ in expected]
             assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
-            assert out.nfe == max(rounds for _, rounds in expected) + (attention == "prefix")
-            written = [(canvas + [ending.tokenizer.eos_token_id]).index(ending.tokenizer.eos_token_id) for canvas, _ in expected]
+            assert out.nfe == max(rounds for _, rounds in expected)
+            written = [
+                (canvas + [ending.tokenizer.eos_token_id]).index(ending.tokenizer.eos_token_id)
+                for canvas, _ in expected
+            ]
             assert out.num_tokens.tolist() == written
-            forwards = sum(rounds + (attention == "prefix") for _, rounds in expected)
+            forwards = sum(rounds for _, rounds in expected)
             assert out.tpf == pytest.approx(sum(written) / forwards)
 
 
@@ -99,7 +122,9 @@ def test_hidden_states_of_a_canvas_on_a_cached_prompt_are_those_without_a_cache(
     cache = DynamicCache()
     hidden_states(lm.model, ids[:, :7], prompt, cache=cache)
     for _ in range(2):  # the second round finds the prompt as the first did
-        torch.testing.assert_close(hidden_states(lm.model, ids[:, 7:], layout, cache=cache), whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            hidden_states(lm.model, ids[:, 7:], layout, cache=cache), whole, rtol=1e-5, atol=1e-5
+        )
         cache.crop(7 - width)
 
 
@@ -113,7 +138,7 @@ def test_nfe_counts_every_forward_and_k_tokens_a_step_take_the_canvas_over_k(dif
             calls.clear()
             config = SamplerConfig(threshold=None, tokens_per_step=k)
             out = lm.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=CANVAS, sampler=config)
-            assert out.nfe == len(calls) == math.ceil(CANVAS / k) + (attention == "prefix")
+            assert out.nfe == len(calls) == math.ceil(CANVAS / k)
         calls.clear()
         out = lm.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=CANVAS, sampler=SamplerConfig(threshold=1.0))
         one_by_one = lm.generate(
@@ -242,9 +267,23 @@ def test_infill_fills_every_blank_and_nothing_else(diffusion_lm, attention, shif
         assert out.sequences[row, -len(alone) :].tolist() == one.sequences[0].tolist()
 
 
+@pytest.mark.parametrize("kind, attention, shift", MODELS)
+def test_infill_of_blanks_at_the_end_is_generate(diffusion_lm, kind, attention, shift):
+    lm = diffusion_lm(kind, attention, shift)
+    lm = _with_end(lm, 299)  # that no row writes
+    for prompt in PROMPTS:
+        text = torch.tensor([prompt + [lm.spec.mask_token_id] * CANVAS])
+        written = lm.generate(torch.tensor([prompt]), max_new_tokens=CANVAS).sequences
+        assert 299 not in written
+        assert torch.equal(lm.infill(text).sequences, written)
+
+
 def test_a_blank_is_filled_in_sight_of_what_follows_it(diffusion_lm):
     lm = diffusion_lm("llama", "prefix")
-    fills = {int(lm.infill(torch.tensor([[5, lm.spec.mask_token_id, after, after]])).sequences[0, 1]) for after in range(20, 40)}
+    fills = {
+        int(lm.infill(torch.tensor([[5, lm.spec.mask_token_id, after, after]])).sequences[0, 1])
+        for after in range(20, 40)
+    }
     assert len(fills) > 1
 
 
@@ -252,7 +291,10 @@ def test_a_blank_is_filled_in_sight_of_what_follows_it(diffusion_lm):
     "call, said",
     [
         (lambda lm: lm.infill(torch.tensor([[1, 2]])), "a text has no blank; put the mask token <|mask|>"),
-        (lambda lm: lm.infill(torch.tensor([[lm.spec.mask_token_id, 2]])), "the first token of a text has no predictor"),
+        (
+            lambda lm: lm.infill(torch.tensor([[lm.spec.mask_token_id, 2]])),
+            "the first token of a text has no predictor",
+        ),
         (
             lambda lm: lm.infill(
                 torch.tensor([[9, lm.spec.mask_token_id, 2]]), attention_mask=torch.tensor([[0, 1, 1]])
@@ -260,15 +302,27 @@ def test_a_blank_is_filled_in_sight_of_what_follows_it(diffusion_lm):
             "the first token of a text has no predictor",
         ),
         (lambda lm: lm.generate(torch.tensor([[1, 2]]), max_new_tokens=0), "max_new_tokens=0: must be at least 1"),
-        (lambda lm: lm.generate(torch.tensor([[1, 2]]), max_new_tokens=127), "max_new_tokens=127: with the prompt's 2 tokens"),
+        (
+            lambda lm: lm.generate(torch.tensor([[1, 2]]), max_new_tokens=127),
+            "max_new_tokens=127: with the prompt's 2 tokens",
+        ),
         (lambda lm: lm.generate(torch.zeros(1, 0).long(), max_new_tokens=1), "needs [batch, at least one token]"),
         (
             lambda lm: lm.generate(torch.tensor([[1, 2]]), max_new_tokens=1, attention_mask=torch.tensor([[1, 0]])),
             "must be padded on the left",
         ),
-        (lambda lm: SamplerConfig(tokens_per_step=2), "sampler.threshold=0.9 and sampler.tokens_per_step=2: set exactly one"),
+        (
+            lambda lm: SamplerConfig(tokens_per_step=2),
+            "sampler.threshold=0.9 and sampler.tokens_per_step=2: set exactly one",
+        ),
         (lambda lm: SamplerConfig(threshold=1.5), "sampler.threshold=1.5: must lie in (0, 1]"),
         (lambda lm: SamplerConfig(threshold=None, tokens_per_step=0), "sampler.tokens_per_step=0: must be at least 1"),
+        (lambda lm: SamplerConfig(order="random"), "sampler.order=random: choose one of confidence, left_to_right"),
+        (lambda lm: SamplerConfig(canvas_length=0), "sampler.canvas_length=0: must be at least 1"),
+        (
+            lambda lm: lm.infill(torch.tensor([[5, 301]]), sampler=SamplerConfig(canvas_length=2)),
+            "sampler.canvas_length=2: infilling has the whole text as its canvas",
+        ),
         (lambda lm: SamplerConfig(temperature=-1), "sampler.temperature=-1: must be at least 0"),
         (lambda lm: SamplerConfig(top_p=0), "sampler.top_p=0: must lie in (0, 1]"),
     ],

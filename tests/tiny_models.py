@@ -1,4 +1,4 @@
-"""Tiny random causal LMs with a real tokenizer, as Hugging Face folders: what the tests convert, train and decode with."""
+"""Tiny random causal LMs with a real tokenizer, as Hugging Face folders: what the tests convert and decode with."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def config_of(kind: str, **changes) -> PretrainedConfig:
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     of_kind = {
         "llama": lambda: LlamaConfig(**{**common, "tie_word_embeddings": False, **changes}),
-        "qwen3": lambda: Qwen3Config(**{**common, "vocab_size": 320, "head_dim": 8, "tie_word_embeddings": True, **changes}),
+        "qwen3": lambda: Qwen3Config(
+            **{**common, "vocab_size": 320, "head_dim": 8, "tie_word_embeddings": True, **changes}
+        ),
         "gemma3": lambda: Gemma3TextConfig(
             **{
                 **common,
@@ -79,7 +81,14 @@ def config_of(kind: str, **changes) -> PretrainedConfig:
             }
         ),
         "gpt2": lambda: GPT2Config(
-            **{**gpt2, "vocab_size": VOCABULARY, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0, **changes}
+            **{
+                **gpt2,
+                "vocab_size": VOCABULARY,
+                "initializer_range": 0.3,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                **changes,
+            }
         ),
         "stablelm": lambda: StableLmConfig(**{**common, "tie_word_embeddings": False, **changes}),
     }

@@ -10,7 +10,24 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sat", "ran", "the", "a", "on", "mat", "tree", "."]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "the",
+    "a",
+    "on",
+    "mat",
+    "tree",
+    ".",
+]
 _FILLERS = [f"w{i}" for i in range(42)]  # the probe wants more different tokens than the tests do
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"

@@ -1,0 +1,308 @@
+"""A run: the same curve however it is split, killed or resumed, and a folder at its end that others load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import losses, metrics, recipe_argv, write_base, write_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import adapt
+from adapt import trainer
+from adapt.attention import Layout
+from adapt.config import parse_recipe
+
+# float32, 6 steps of 8 rows on a random Llama of 19 k parameters: changes only with what a run computes.
+GOLDEN = [5.12463, 3.962331, 3.643181, 3.592923, 4.428326, 4.361698]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_base(tmp_path_factory.mktemp("trainer") / "base")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 3], "do_sample": false, "temperature": 0.3}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("trainer") / "pairs.jsonl")
+
+
+@pytest.fixture
+def run(base: Path, pairs: Path, tmp_path: Path):
+    """Trains into tmp_path/NAME and returns that folder. Warnings are errors in here."""
+
+    def run(name: str = "out", **overrides) -> Path:
+        trainer.train(parse_recipe(recipe_argv(base, pairs, tmp_path / name, **overrides)))
+        return tmp_path / name
+
+    return run
+
+
+def curve(out: Path) -> list[float]:
+    return list(losses(out).values())
+
+
+def test_golden_curve_of_the_smoke_recipe(run) -> None:
+    assert curve(run()) == pytest.approx(GOLDEN, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"objective__weight": "uniform"},
+        {"objective__anneal_steps": 4},
+        {"objective__ar_weight": 0.5, "data__canvas_start": "anywhere", "data__canvas_length": 4},
+    ],
+    ids=str,
+)
+def test_the_same_global_batch_gives_the_same_curve_for_any_accumulation(run, objective) -> None:
+    whole = curve(run("whole", **objective))
+    assert len(set(whole)) == 6
+    for micro in (1, 2, 4):
+        assert curve(run(str(micro), training__micro_batch_size=micro, **objective)) == pytest.approx(whole, rel=1e-6)
+
+
+def test_loader_processes_draw_the_same_noise(run) -> None:
+    assert curve(run(data__num_workers=2)) == curve(run("alone"))
+
+
+def test_gradient_checkpointing_changes_no_loss(run) -> None:
+    assert curve(run(model__gradient_checkpointing=True)) == pytest.approx(curve(run("without")), rel=1e-6)
+
+
+def test_metrics_name_what_a_reader_needs_and_agree_with_each_other(run) -> None:
+    lines = metrics(run(training__num_epochs=3, training__num_steps=None))
+    fields = "step loss grad_norm learning_rate nelbo noised_nll mask_ratio tokens_seen tokens_per_s peak_memory_gb epoch"
+    assert all(set(line) == set(fields.split()) for line in lines)
+    assert all(line["nelbo"] == pytest.approx(line["loss"], rel=1e-6) for line in lines)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1]["tokens_seen"] == len(lines) * 8 * 32
+    assert sum(line["mask_ratio"] for line in lines) / len(lines) == pytest.approx(0.5, abs=0.05)
+    assert lines[0]["epoch"] == pytest.approx(8 / 27, abs=0.1)
+    assert lines[-1]["epoch"] == pytest.approx(3, abs=0.3)
+
+
+def test_losses_between_logs_are_averaged(run) -> None:
+    every, third = losses(run()), losses(run("third", training__logging_steps=3))
+    assert list(third) == [1, 3, 6]
+    assert third[6] == pytest.approx((every[4] + every[5] + every[6]) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_final_folder_is_a_diffusion_checkpoint_that_transformers_loads(run, base, precision, dtype) -> None:
+    folder = run(training__precision=precision) / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == dtype
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert model.config.use_cache
+    assert not (folder / "training_args.bin").exists()
+    assert (folder / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
+    lm = adapt.load(folder, device="cpu")
+    assert (lm.spec.attention, lm.spec.mask_token_id) == ("prefix", lm.tokenizer.mask_token_id)
+    assert lm.spec.base_model == str(base)
+    moved = lm.model.get_input_embeddings().weight - adapt.load(folder.parent / "converted", device="cpu").model.get_input_embeddings().weight
+    assert float(moved.abs().max().detach()) > 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_leaves_an_adapter_and_a_merged_model_with_the_same_logits(run, precision: str) -> None:
+    from peft import PeftModel
+
+    out = run(model__lora={"r": 4}, training__learning_rate=0.05, training__precision=precision)
+    converted = AutoModelForCausalLM.from_pretrained(out / "converted", dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in converted.state_dict().items()}
+    adapted = PeftModel.from_pretrained(converted, str(out / "adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(out / "model")
+    mask = AutoTokenizer.from_pretrained(out / "model").mask_token_id
+    tokens = torch.tensor([[5, mask, 7, mask, 9]])
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    with torch.no_grad():
+        want, found = adapted(input_ids=tokens).logits, merged(input_ids=tokens).logits.float()
+    torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    moved = {name for name, weight in merged.state_dict().items() if not torch.equal(weight, before[name].to(merged.dtype))}
+    rows = merged.get_input_embeddings().weight != before["model.embed_tokens.weight"].to(merged.dtype)
+    assert rows.any(1).nonzero().flatten().tolist() == [mask]
+    assert {name.split(".")[-2] for name in moved} >= {"q_proj", "v_proj", "down_proj", "embed_tokens"}
+    assert "model.norm.weight" not in moved
+
+
+def test_control_arm_stays_a_plain_causal_lm(run, base: Path, pairs: Path) -> None:
+    for lora in (None, {"r": 4}):
+        out = run("lora" if lora else "full", objective__name="ar", model__lora=lora, training__num_steps=3)
+        assert "diffusion" not in json.loads((out / "model" / "config.json").read_text())
+        assert AutoTokenizer.from_pretrained(out / "model").mask_token is None
+        assert len(AutoTokenizer.from_pretrained(out / "model")) == 63
+        assert (out / "adapter").exists() == bool(lora)
+        assert metrics(out)[0]["nelbo"] == pytest.approx(losses(out)[1])
+        AutoModelForCausalLM.from_pretrained(out / "model")
+
+
+def test_annealing_starts_causal_opens_and_ends_bidirectional(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[int | None] = []
+    right_window = trainer.DiffusionTrainer._right_window
+    monkeypatch.setattr(
+        trainer.DiffusionTrainer, "_right_window", lambda self: windows.append(right_window(self)) or windows[-1]
+    )
+    annealed = curve(run("annealed", objective__anneal_steps=4))
+    assert windows == [0, 2, 5, 7, None, None]  # the longest canvas has 10 tokens
+    plain = curve(run("plain"))
+    assert annealed[0] != pytest.approx(plain[0], rel=1e-3)
+    monkeypatch.setattr(trainer, "Layout", lambda documents, views, positions, _: Layout(documents, views * 0, positions))
+    assert curve(run("causal", training__num_steps=1))[0] == pytest.approx(annealed[0], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's inductor
+def test_compiled_layers_give_the_same_curve(run) -> None:
+    compiled = curve(run(model__torch_compile=True, training__num_steps=2))
+    assert compiled == pytest.approx(GOLDEN[:2], rel=1e-4)
+
+
+def test_tensorboard_events_hold_the_losses(run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = run(training__report_to=["tensorboard"])
+    (events,) = (out / "runs").glob("*/events*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert [event.value for event in accumulator.Scalars("train/loss")] == pytest.approx(curve(out))
+
+
+def test_console_is_a_summary_a_bar_with_eta_and_the_result(base, pairs, tmp_path, capsys) -> None:
+    from adapt import cli
+
+    assert cli.main(["train", *recipe_argv(base, pairs, tmp_path / "out")]) == 0
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    ours = [line for line in lines if line.strip() and not line.startswith(("tokenise", "Generating"))]
+    assert ours[0].startswith("64 examples in 27 rows of 32 tokens (9")
+    assert all(line.startswith("train:") for line in ours[1:-1])
+    assert "loss=4.362" in ours[-2]
+    assert ours[-1] == str(tmp_path / "out" / "model")
+
+
+# --- resume
+
+
+def test_half_written_checkpoints_are_ignored_and_removed(run, base: Path) -> None:
+    whole, out = run("whole", training__save_steps=2), run("cut", training__save_steps=2)
+    shutil.rmtree(out / "model")
+    (out / "checkpoints" / "checkpoint-6" / "COMPLETE").unlink()
+    (out / "checkpoints" / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut short")
+    (out / ".model.incomplete").mkdir()
+    (out / ".model.incomplete" / "model-00009-of-00009.safetensors").touch()
+    lines = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(lines[: len(lines) - 40])
+    assert run("cut", training__save_steps=2) == out
+    assert losses(out) == losses(whole)
+    assert (out / "checkpoints" / "checkpoint-6" / "COMPLETE").exists()
+    assert not (out / "model" / "model-00009-of-00009.safetensors").exists()
+    assert [line["tokens_seen"] for line in metrics(out)] == [line["tokens_seen"] for line in metrics(whole)]
+    found, want = (load_file(folder / "model" / "model.safetensors") for folder in (out, whole))
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_a_run_killed_between_its_last_step_and_its_end_only_writes_the_model(run) -> None:
+    out = run(training__save_steps=3)
+    before = (out / "metrics.jsonl").read_text()
+    shutil.rmtree(out / "model")
+    run(training__save_steps=3)
+    assert (out / "metrics.jsonl").read_text() == before
+    assert (out / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.3}])
+def test_resuming_where_logs_and_checkpoints_fall_apart_gives_the_same_curve(run, lora) -> None:
+    settings = {"training__save_steps": 4, "training__logging_steps": 3, "model__lora": lora}
+    out, whole = run("cut", **settings), run("whole", **settings)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    run("cut", **settings)
+    assert losses(out) == losses(whole)
+    assert list(losses(out)) == [1, 3, 4, 6]
+
+
+def test_only_the_newest_checkpoints_are_kept(run) -> None:
+    out = run(training__save_steps=1, training__keep_checkpoints=2)
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"checkpoint-5", "checkpoint-6"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"training__seed": 1}, "training.seed=1: the run in .* was started with 0; set that"),
+        ({"data__seq_len": 64}, "data.seq_len=64: the run in .* was started with 32"),
+        ({"objective__views": 2}, "objective.views=2: the run in .* was started with 1"),
+        ({"training__resume": False}, "training.resume=false: .* holds checkpoints of an earlier run; remove them"),
+        ({"model__attention": "bidirectional"}, "model.attention=bidirectional: the run in .* was started with prefix"),
+    ],
+)
+def test_another_run_does_not_go_on_from_a_checkpoint(run, change, message) -> None:
+    out = run(training__save_steps=3)
+    shutil.rmtree(out / "model")
+    with pytest.raises(ValueError, match=message):
+        run(**change)
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    assert len(losses(out)) == 6
+
+
+def test_a_conversion_for_another_recipe_is_not_trained(run) -> None:
+    out = run()
+    shutil.rmtree(out / "model")
+    with pytest.raises(ValueError, match=r"model.shift_logits=True: .*converted was converted earlier with False"):
+        run(model__shift_logits=True)
+
+
+# A child that dies by SIGKILL while checkpoint 6 is half-written: the weights are there, the optimizer is not.
+DIES_IN_SAVE = """
+import os, signal, sys
+from adapt import cli, trainer
+save = trainer.DiffusionTrainer._save_optimizer_and_scheduler
+def cut(self, folder):
+    if folder.endswith("checkpoint-6"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, folder)
+trainer.DiffusionTrainer._save_optimizer_and_scheduler = cut
+cli.main(["train", *sys.argv[1:]])
+"""
+
+
+def test_a_killed_run_started_again_gives_the_curve_of_one_never_killed(run, base, pairs, tmp_path) -> None:
+    settings = {"training__num_steps": 40, "training__save_steps": 3}
+    whole, out = run("whole", **settings), tmp_path / "killed"
+    argv = recipe_argv(base, pairs, out, **settings)
+    # 1. Killed while it saves.
+    done = subprocess.run([sys.executable, "-c", DIES_IN_SAVE, *argv], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not (out / "checkpoints" / "checkpoint-6" / "COMPLETE").exists()
+    # 2. Killed at some step after 10.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "adapt.cli", "train", *argv], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and max(losses_so_far(out), default=0) < 10:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    # 3. To the end.
+    assert run("killed", **settings) == out
+    assert losses(out) == losses(whole)
+    assert [line["epoch"] for line in metrics(out)] == [line["epoch"] for line in metrics(whole)]
+    found, want = (load_file(folder / "model" / "model.safetensors") for folder in (out, whole))
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def losses_so_far(out: Path) -> list[int]:
+    """Steps whose line is written to its end."""
+    path = out / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line)["step"] for line in text[: text.rfind("\n") + 1].splitlines()]
