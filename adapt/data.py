@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute
@@ -89,7 +90,7 @@ def load_examples(
 def lengths(examples: Dataset, column: str) -> np.ndarray:
     """Number of tokens in that column of each example, [E]."""
     table = examples.select_columns([column]).with_format("arrow")[:]
-    return pyarrow.compute.list_value_length(table[column]).to_numpy()
+    return pyarrow.compute.call_function("list_value_length", [table[column]]).to_numpy()
 
 
 def _kind(rows: Dataset) -> str | None:
@@ -121,7 +122,7 @@ def _read(config: DataConfig) -> Dataset:
     if all(Path(file).stat().st_size == 0 for file in files):
         raise ValueError(f"data.train={config.train}: is empty, nothing to train on; give files with rows in them")
     loader = _LOADERS[suffixes.pop()]
-    options = {"sample_by": "document"} if loader == "text" else {}
+    options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
     try:
         return load_dataset(loader, data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps whatever its readers raise
@@ -149,7 +150,7 @@ def _from_text(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> d
         ids = _tokens(tokenizer, text)
         if not ids:
             continue
-        ids.append(tokenizer.eos_token_id)
+        ids = [*ids, tokenizer.eos_token_id]
         for i in range(0, len(ids), room):
             contexts.append(start)
             targets.append(ids[i : i + room])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -29,7 +30,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, mask_token_id: int | 
         target_modules=lora.target_modules,
         trainable_token_indices=None if mask_token_id is None else {name: [mask_token_id]},
     )
-    weight = embedding.weight
+    weight: Any = embedding.weight
     with _gathered(weight) if hasattr(weight, "ds_id") else nullcontext():
         try:
             return peft.get_peft_model(model, config)

@@ -79,8 +79,8 @@ def quickstart(out: Path, *, fast: bool = False, seed: int = 1) -> dict:
     adapted = _train("adapted", init, out, scale, seed)
     step(6, "compare: original, control and adapted, quality and speed")
     # adapt_eval sits beside adapt, and brings lm-eval with it: only this step needs it.
-    compare = importlib.import_module("adapt_eval.compare").compare
-    return compare(
+    comparison = importlib.import_module("adapt_eval.compare")
+    report = comparison.compare(
         base,
         adapted,
         control=control,
@@ -97,6 +97,10 @@ def quickstart(out: Path, *, fast: bool = False, seed: int = 1) -> dict:
         overwrite=True,
         command="adapt quickstart" + (" --fast" if fast else ""),
     )
+    comparison.announce(report, out / "report")
+    minutes, seconds = divmod(int(time.perf_counter() - started), 60)
+    print(f"everything is in {out}; it took {minutes} min {seconds} s")
+    return report
 
 
 def _smollm2(base: Path) -> None:
@@ -131,8 +135,8 @@ def _tiny_base(base: Path, out: Path) -> None:
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=True,
-            eos_token_id=wrapped.eos_token_id,
-            pad_token_id=wrapped.pad_token_id,
+            eos_token_id=tokenizer.token_to_id(special[0]),
+            pad_token_id=tokenizer.token_to_id(special[0]),
             bos_token_id=None,
         )
     )

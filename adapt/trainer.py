@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -108,10 +109,14 @@ class DiffusionTrainer(Trainer):
         ]
         ar = [torch.tensor(len(batch["ar_targets"])) for batch in batch_samples]
         here = torch.stack([torch.stack([x.to(device) for x in counts]).sum() for counts in (noised, ar)])
-        return self.accelerator.reduce(here, reduction="sum").clamp(min=1)
+        total = self.accelerator.reduce(here, reduction="sum")
+        assert isinstance(total, Tensor)
+        return total.clamp(min=1)
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(rows, PackedRows)
+        return torch.utils.data.SequentialSampler(rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         assert isinstance(self.train_dataset, PackedRows)
@@ -123,7 +128,7 @@ class DiffusionTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial) -> str:
-        return os.path.join(self.args.output_dir, "checkpoints")
+        return os.path.join(self.recipe.training.output_dir, "checkpoints")
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
@@ -371,7 +376,10 @@ def _diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pa
             attn_implementation=kernel,
         )
     spec = DiffusionSpec.of(AutoConfig.from_pretrained(converted), converted)
-    wanted = {"base": ("base_model", base), "attention": ("attention", recipe.model.attention)}
+    wanted: dict[str, tuple[str, object]] = {
+        "base": ("base_model", base),
+        "attention": ("attention", recipe.model.attention),
+    }
     wanted["shift_logits"] = ("shift_logits", recipe.model.shift_logits)
     for setting, (name, value) in wanted.items():
         if getattr(spec, name) != value:
@@ -385,9 +393,10 @@ def _diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pa
 def _prepared(folder: Path, recipe: Recipe, spec: DiffusionSpec, args: TrainingArguments):
     """The model with its loss attached, wrapped in adapters and compiled as the recipe says."""
     ours = recipe.model
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=ours.attn_implementation, output_loading_info=True
     )
+    model, loading = loaded
     absent = sorted(loading["missing_keys"])
     if absent:
         raise ValueError(f"model.base={ours.base}: has no weights for {', '.join(absent[:3])}; it is not complete")
@@ -425,7 +434,7 @@ def _save_final(trainer: DiffusionTrainer, base_folder: Path, final: Path) -> No
     ours = trainer.recipe
     dtype = torch.bfloat16 if ours.training.precision == "bf16" else torch.float32
     staged, adapter = final.with_name(f".{final.name}.incomplete"), final.with_name("adapter")
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
     unwrapped.config.use_cache = True
     if ours.model.lora is None and ours.training.deepspeed is None:
         unwrapped.to(dtype)  # autocast has kept it in float32; DeepSpeed has cast it already
@@ -435,7 +444,7 @@ def _save_final(trainer: DiffusionTrainer, base_folder: Path, final: Path) -> No
         if ours.model.lora:
             with _whole_weights(trainer.args):
                 lora.merge(base_folder, adapter, staged, dtype)
-            trainer.processing_class.save_pretrained(staged)
+            AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
         if (base_folder / "generation_config.json").is_file():
             shutil.copyfile(base_folder / "generation_config.json", staged / "generation_config.json")
         (staged / "training_args.bin").unlink(

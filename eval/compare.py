@@ -301,10 +301,14 @@ def main(argv: list[str]) -> int:
     options["tasks"] = [t.strip() for t in options["tasks"].split(",") if t.strip()]
     options["sweep"] = _split(options["sweep"], "sweep", float)
     options["speed_batch_sizes"] = _split(options["speed_batch_sizes"], "speed_batch_sizes", int)
-    report = compare(**options, command=shlex.join(["adapt", "compare", *argv]))
+    announce(compare(**options, command=shlex.join(["adapt", "compare", *argv])), options["out"])
+    return 0
+
+
+def announce(report: Mapping[str, Any], out: str | Path) -> None:
+    """Prints what a reader in a hurry needs: the warnings, the headline, the table and where the report is."""
     print()
     for warning in report["warnings"]:
         print(f"note: {warning}")
     print(f"\n{headline(report)}\n\n{terminal_table(report)}\n")
-    print(f"report: {Path(options['out']) / 'report.html'}")
-    return 0
+    print(f"report: {Path(out) / 'report.html'}")

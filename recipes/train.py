@@ -1,6 +1,6 @@
 """What the DeepSpeed launcher runs on every rank:
 
-    deepspeed --num_gpus 8 recipes/train.py --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4
+deepspeed --num_gpus 8 recipes/train.py --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4
 """
 
 import sys

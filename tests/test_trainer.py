@@ -84,7 +84,9 @@ def test_gradient_checkpointing_changes_no_loss(run) -> None:
 
 def test_metrics_name_what_a_reader_needs_and_agree_with_each_other(run) -> None:
     lines = metrics(run(training__num_epochs=3, training__num_steps=None))
-    fields = "step loss grad_norm learning_rate nelbo noised_nll mask_ratio tokens_seen tokens_per_s peak_memory_gb epoch"
+    fields = (
+        "step loss grad_norm learning_rate nelbo noised_nll mask_ratio tokens_seen tokens_per_s peak_memory_gb epoch"
+    )
     assert all(set(line) == set(fields.split()) for line in lines)
     assert all(line["nelbo"] == pytest.approx(line["loss"], rel=1e-6) for line in lines)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -112,7 +114,10 @@ def test_final_folder_is_a_diffusion_checkpoint_that_transformers_loads(run, bas
     lm = adapt.load(folder, device="cpu")
     assert (lm.spec.attention, lm.spec.mask_token_id) == ("prefix", lm.tokenizer.mask_token_id)
     assert lm.spec.base_model == str(base)
-    moved = lm.model.get_input_embeddings().weight - adapt.load(folder.parent / "converted", device="cpu").model.get_input_embeddings().weight
+    moved = (
+        lm.model.get_input_embeddings().weight
+        - adapt.load(folder.parent / "converted", device="cpu").model.get_input_embeddings().weight
+    )
     assert float(moved.abs().max().detach()) > 1e-4
 
 
@@ -131,7 +136,9 @@ def test_lora_leaves_an_adapter_and_a_merged_model_with_the_same_logits(run, pre
     with torch.no_grad():
         want, found = adapted(input_ids=tokens).logits, merged(input_ids=tokens).logits.float()
     torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
-    moved = {name for name, weight in merged.state_dict().items() if not torch.equal(weight, before[name].to(merged.dtype))}
+    moved = {
+        name for name, weight in merged.state_dict().items() if not torch.equal(weight, before[name].to(merged.dtype))
+    }
     rows = merged.get_input_embeddings().weight != before["model.embed_tokens.weight"].to(merged.dtype)
     assert rows.any(1).nonzero().flatten().tolist() == [mask]
     assert {name.split(".")[-2] for name in moved} >= {"q_proj", "v_proj", "down_proj", "embed_tokens"}
@@ -159,7 +166,9 @@ def test_annealing_starts_causal_opens_and_ends_bidirectional(run, monkeypatch: 
     assert windows == [0, 2, 5, 7, None, None]  # the longest canvas has 10 tokens
     plain = curve(run("plain"))
     assert annealed[0] != pytest.approx(plain[0], rel=1e-3)
-    monkeypatch.setattr(trainer, "Layout", lambda documents, views, positions, _: Layout(documents, views * 0, positions))
+    monkeypatch.setattr(
+        trainer, "Layout", lambda documents, views, positions, _: Layout(documents, views * 0, positions)
+    )
     assert curve(run("causal", training__num_steps=1))[0] == pytest.approx(annealed[0], rel=1e-6)
 
 
