@@ -44,6 +44,7 @@ quickstart: install
 
 # One thread per process: the workers, and the ranks that tests launch, share the cores.
 test: install
+	@rm -f $(VENV)/torch_extensions/*/lock $(VENV)/torch_extensions/*/*/lock
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: install

@@ -33,6 +33,8 @@ class Canvases:
     canvas_start: str
     end_of_text: int
     seed: int
+    seq_len: int | None = None
+    """tokens of a row; a tail of end-of-text gives way where an example would not fit with it"""
 
     @property
     def is_ar(self) -> bool:
@@ -48,12 +50,23 @@ class Canvases:
 
     def sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray, epoch: int) -> np.ndarray:
         """Tokens that each example takes in a row of that epoch, [E]."""
-        starts, lengths = self._canvases(target_lengths, np.arange(len(target_lengths)), epoch)
+        starts, lengths = self._canvases(context_lengths, target_lengths, np.arange(len(target_lengths)), epoch)
         if (
             self.spec.attention == "bidirectional" and not self.is_ar
         ):  # each view needs a context of its own, which sees it
             return self.views * context_lengths + lengths.sum(1)
         return context_lengths + (target_lengths if self.has_ar_loss else starts.max(1)) + lengths.sum(1)
+
+    def largest_sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> np.ndarray:
+        """The most tokens that each example may take in any epoch, [E]."""
+        if self.is_ar:
+            return context_lengths + target_lengths
+        if self.canvas_start == "anywhere":
+            return context_lengths + target_lengths + self.views * (self.canvas_length or 0)
+        canvas = np.maximum(target_lengths, self.canvas_length or 0)
+        if self.spec.attention == "bidirectional":
+            return self.views * (context_lengths + canvas)
+        return context_lengths + self.views * canvas
 
     def longest_canvas(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> int:
         """Tokens of the longest stretch in which attention is bidirectional: how far the annealed window has to open."""
@@ -62,7 +75,9 @@ class Canvases:
         canvas = np.maximum(target_lengths, self.canvas_length or 0)
         return int((canvas + context_lengths * (self.spec.attention == "bidirectional")).max())
 
-    def _canvases(self, target_lengths: np.ndarray, examples: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _canvases(
+        self, context_lengths: np.ndarray, target_lengths: np.ndarray, examples: np.ndarray, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Where in its target each view's canvas starts, and its length with the tail of end-of-text: [E, K] each.
 
         One tail for all views of an example, so that complementary views cover the same tokens.
@@ -76,6 +91,10 @@ class Canvases:
             starts = (where / self.views * target).astype(np.int64)
         rest = target - starts
         tail = uniform_for(self.seed, examples, 2 * epoch)[:, None] * (np.maximum(self.canvas_length - rest, 0) + 1)
+        if self.canvas_start == "prompt" and self.seq_len is not None:
+            contexts = context_lengths * (self.views if self.spec.attention == "bidirectional" else 1)
+            room = np.maximum(self.seq_len - contexts - self.views * target_lengths, 0) // self.views
+            tail = np.minimum(tail, room[:, None])
         longest = self.canvas_length if self.canvas_start == "anywhere" else np.iinfo(np.int64).max
         return starts, np.minimum(rest + tail.astype(np.int64), longest)
 
@@ -86,7 +105,9 @@ class Canvases:
         shift_logits the one before it (a canvas' first token is predicted by the context's last). -1: none, never noised.
         """
         shift = self.is_ar or self.spec.shift_logits
-        all_starts, all_lengths = self._canvases(np.array([len(target)]), np.array([place.example]), place.epoch)
+        all_starts, all_lengths = self._canvases(
+            np.array([len(context)]), np.array([len(target)]), np.array([place.example]), place.epoch
+        )
         starts, lengths = all_starts[0].tolist(), all_lengths[0].tolist()
         clean = torch.tensor(context + target[: len(target) if self.has_ar_loss else max(starts)], dtype=torch.long)
         padded = torch.tensor(target + [self.end_of_text] * max(lengths), dtype=torch.long)

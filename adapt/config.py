@@ -228,6 +228,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         anywhere = self.data.canvas_start == "anywhere"
+        ar, whole_range = self.objective.name == "ar", self.noise.t_min <= 0.01
+        if not ar and not whole_range and (self.objective.weight == "elbo" or self.objective.complementary):
+            raise ValueError(
+                f"noise.t_min={self.noise.t_min}: the NELBO and complementary views need all times; set it to 0.01 or less, "
+                "or objective.weight=uniform and objective.complementary=false"
+            )
         if self.objective.ar_weight and not anywhere:
             raise ValueError(
                 f"objective.ar_weight={self.objective.ar_weight}: there is a clean target to predict only with "

@@ -68,6 +68,11 @@ def load_examples(
     rows = load_rows(config) if rows is None else rows
     kind = _kind(rows)
     assert kind is not None
+    if kind == "text" and config.canvas_start == "anywhere":
+        raise ValueError(
+            "data.canvas_start=anywhere: plain text is cut into pieces, whose ends a canvas would take for the end of the text; "
+            "give prompt and completion, or set it to prompt"
+        )
     options = {"tokenizer": tokenizer, "piece": config.seq_len // views}
     examples = rows.map(
         {"text": _from_text, "prompt": _from_prompt, "messages": _from_messages}[kind],

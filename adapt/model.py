@@ -77,13 +77,15 @@ def attach_loss(model: PreTrainedModel) -> PreTrainedModel:
     """
     plain_forward = model.forward
 
-    def forward(*args, rows: Tensor | None = None, targets: Tensor | None = None, layout=None, **kwargs):
+    def forward(
+        *args, rows: Tensor | None = None, targets: Tensor | None = None, layout=None, num_chunks=None, **kwargs
+    ):
         if rows is None or targets is None:
             return plain_forward(*args, **kwargs)
         mask_options = {"right_window": kwargs.pop("right_window", None)} if layout is not None else {}
         hidden = hidden_states(model, kwargs["input_ids"], layout, **mask_options)
         # The head as it is now: PEFT replaces a tied one when it trains the mask token's row.
-        return token_nll(hidden.flatten(0, 1)[rows], targets, output_head(model))
+        return token_nll(hidden.flatten(0, 1)[rows], targets, output_head(model), num_chunks)
 
     model.forward = forward
     return model

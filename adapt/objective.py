@@ -17,15 +17,18 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 2048  # rows; 2048 x 152k vocabulary x 4 bytes = 1.2 GB, the peak of the loss
 
 
-def token_nll(hidden_ND: Tensor, targets_N: Tensor, head: Callable[[Tensor], Tensor], chunk: int = CHUNK) -> Tensor:
+def token_nll(
+    hidden_ND: Tensor, targets_N: Tensor, head: Callable[[Tensor], Tensor], num_chunks: int | None = None
+) -> Tensor:
     """-log p(target) of each row, [N] in float32 nats, from hidden states [N, D] and `head`: [n, D] -> logits [n, V]."""
 
     def nll(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
-    if len(hidden_ND) <= chunk:
+    num_chunks = num_chunks or max(1, -(-len(hidden_ND) // CHUNK))
+    if num_chunks == 1:
         return nll(hidden_ND, targets_N)
-    pairs = zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
+    pairs = zip(hidden_ND.tensor_split(num_chunks), targets_N.tensor_split(num_chunks), strict=True)
     return torch.cat([checkpoint(nll, hidden, targets, use_reentrant=False) for hidden, targets in pairs])
 
 

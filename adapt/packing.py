@@ -27,7 +27,7 @@ class Place(NamedTuple):
 class Packing:
     """Rows of at most `seq_len` tokens, filled with whole examples best-fit first, epoch after epoch.
 
-    sizes: epoch -> tokens of each example in a row, [E]. Raises ValueError if an example is larger than a row.
+    sizes: epoch -> tokens of each example in a row, [E], none of them over seq_len.
     """
 
     def __init__(self, sizes: Callable[[int], np.ndarray], seq_len: int, seed: int) -> None:
@@ -53,11 +53,7 @@ class Packing:
     def _append_epoch(self) -> None:
         epoch, num_examples = self._num_epochs, self.num_examples
         sizes = self.sizes(epoch)
-        if sizes.max(initial=0) > self.seq_len:
-            raise ValueError(
-                f"data.seq_len={self.seq_len}: an example takes {int(sizes.max())} tokens with all its views; "
-                "raise data.seq_len, or lower objective.views or data.canvas_length"
-            )
+        assert sizes.max(initial=0) <= self.seq_len, "an example is larger than a row"
         order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_examples)
         # Counted in the order of the rows, so that a batch holds consecutive ordinals, whose times are stratified.
         ordinals = itertools.count(epoch * num_examples)

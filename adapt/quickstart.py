@@ -11,6 +11,7 @@ is the control converted to a diffusion LM and trained on the same data. Recipes
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -63,6 +64,7 @@ def quickstart(out: Path, *, fast: bool = False, seed: int = 1) -> dict:
         print(f"\n== {number}/6 {what}   [{minutes}:{seconds:02d}]", file=sys.stderr, flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
+    _refuse_other_run(out, {"fast": fast, "seed": seed})
     step(1, "the base model")
     base = out / "base"
     if not base.exists():
@@ -103,6 +105,17 @@ def quickstart(out: Path, *, fast: bool = False, seed: int = 1) -> dict:
     return report
 
 
+def _refuse_other_run(out: Path, settings: dict) -> None:
+    """What `out` holds is reused, so it must come from a run with the same settings."""
+    marker = out / "quickstart.json"
+    if not marker.exists():
+        marker.write_text(json.dumps(settings) + "\n")
+    elif (found := json.loads(marker.read_text())) != settings:
+        raise ValueError(
+            f"out={out}: holds a quickstart with {found}, not {settings}; add --fresh, or choose another --out"
+        )
+
+
 def _smollm2(base: Path) -> None:
     from .gguf_source import fetch_smollm2, gguf_to_folder
 
@@ -140,8 +153,10 @@ def _tiny_base(base: Path, out: Path) -> None:
             bos_token_id=None,
         )
     )
-    model.save_pretrained(base)
-    wrapped.save_pretrained(base)
+    staged = base.with_name(f".{base.name}.incomplete")
+    model.save_pretrained(staged)
+    wrapped.save_pretrained(staged)
+    staged.rename(base)
 
 
 def _train(arm: str, init: Path, out: Path, scale: Scale, seed: int) -> Path:

@@ -14,18 +14,9 @@ COMPLETE = "COMPLETE"  # written last into a checkpoint; without it a kill has c
 # What a run that goes on may have changed: where and how it computes, not what.
 _FREE = {
     *("data.num_workers", "model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile"),
-    *(
-        "training." + name
-        for name in ("deepspeed", "keep_checkpoints", "learning_rate", "logging_steps", "lr_scheduler")
-    ),
-    *(
-        "training." + name
-        for name in ("lr_scheduler_options", "max_grad_norm", "micro_batch_size", "num_epochs", "num_steps")
-    ),
-    *(
-        "training." + name
-        for name in ("output_dir", "report_to", "resume", "save_steps", "warmup_steps", "weight_decay")
-    ),
+    *("training." + name for name in ("keep_checkpoints", "logging_steps")),
+    *("training." + name for name in ("max_grad_norm", "micro_batch_size", "num_epochs", "num_steps")),
+    *("training." + name for name in ("output_dir", "report_to", "resume", "save_steps")),
 }
 
 

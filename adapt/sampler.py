@@ -257,6 +257,10 @@ class _Refinement:
         """(token, its probability) of each blank, [A, W]; probability -1 where there is none."""
         logits = self.head(hidden[blanks]).float()
         logits[:, self.lm.spec.mask_token_id] = -torch.inf
+        if logits.isnan().any():
+            raise ValueError(
+                f"dtype={self.lm.model.dtype}: the model computes NaN here; load it in bfloat16 or float32"
+            )
         tokens, probability = self._draw(logits)
         guesses = torch.zeros(blanks.shape, dtype=torch.long, device=blanks.device).masked_scatter_(blanks, tokens)
         confidence = torch.full(blanks.shape, -1.0, device=blanks.device).masked_scatter_(blanks, probability)

@@ -51,7 +51,7 @@ from .conversion import convert
 from .data import lengths, load_examples, load_rows
 from .metrics import MetricsFile, Progress, RunningMetrics
 from .model import attach_loss
-from .objective import diffusion_loss
+from .objective import CHUNK, diffusion_loss
 from .packing import Packing
 from .resume import COMPLETE, newest_checkpoint, remove_unfinished
 
@@ -85,6 +85,7 @@ class DiffusionTrainer(Trainer):
             right_window=self._right_window(),
             rows=torch.cat([inputs["rows"], inputs["ar_rows"]]),
             targets=torch.cat([inputs["targets"], inputs["ar_targets"]]),
+            num_chunks=self._num_chunks(),
         )
         nll, ar_nll = nll.split([len(inputs["rows"]), len(inputs["ar_rows"])])
         # 3. Sum in nats, divided once by the count over ranks and accumulation (the backward pass averages over ranks).
@@ -94,6 +95,11 @@ class DiffusionTrainer(Trainer):
         num_tokens, num_ar_tokens = num_items_in_batch
         loss = loss_sum / num_tokens + self.recipe.objective.ar_weight * ar_nll.sum() / num_ar_tokens
         return loss * self.args.world_size
+
+    def _num_chunks(self) -> int:
+        """Chunks of the head's rows: the same on all ranks, because each is a collective under ZeRO-3."""
+        recipe = self.recipe
+        return -(-recipe.training.micro_batch_size * recipe.data.seq_len // CHUNK)
 
     def _right_window(self) -> int | None:
         """Annealing, causal to bidirectional: how many tokens to its right a canvas token sees at this step; None = all."""
@@ -125,6 +131,8 @@ class DiffusionTrainer(Trainer):
         if "loss" in logs:
             tokens_seen = next((line["tokens_seen"] for line in reversed(self.state.log_history) if "loss" in line), 0)
             logs = {**logs, **self.metrics.drain(self.accelerator, int(tokens_seen))}
+            if self.recipe.noise.t_min > 0.01:
+                del logs["nelbo"]  # with the small times left out it is no bound
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial) -> str:
@@ -175,6 +183,7 @@ def train(recipe: Recipe) -> Path:
         recipe.data.canvas_start,
         tokenizer.eos_token_id,
         recipe.training.seed,
+        recipe.data.seq_len,
     )
     # 3. The data, as rows in the order of the run.
     with args.main_process_first(local=False, desc="tokenise"):
@@ -208,6 +217,12 @@ def _packed_rows(recipe: Recipe, canvases: Canvases, examples: Dataset) -> tuple
     """(the rows that the run reads; tokens of the longest stretch in which attention is bidirectional)."""
     ours = recipe.training
     contexts, targets = lengths(examples, "context"), lengths(examples, "target")
+    largest = int(canvases.largest_sizes(contexts, targets).max())
+    if largest > recipe.data.seq_len:  # in any epoch: a run of days must not end at one long random tail
+        raise ValueError(
+            f"data.seq_len={recipe.data.seq_len}: an example may take {largest} tokens with all its views; "
+            f"set data.seq_len={largest}, or lower objective.views or data.canvas_length"
+        )
     packing = Packing(partial(canvases.sizes, contexts, targets), recipe.data.seq_len, ours.seed)
     num_steps = ours.num_steps or packing.num_rows(ours.num_epochs or 0) // ours.global_batch_size
     if num_steps == 0:

@@ -68,7 +68,7 @@ def quality(report: Mapping[str, Any]) -> str | None:
     if not panels:
         return None
     widths = [max(1, len(p)) for p in panels]
-    figure = _figure(min(13.0, 1.6 + 1.9 * sum(widths)), 3.4)
+    figure = _figure(min(13.0, max(4.6, 1.6 + 1.9 * sum(widths))), 3.4)
     all_axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
     for axes, panel in zip(all_axes, panels):
         scale = 100 if is_percent(panel[0]) else 1
@@ -139,7 +139,8 @@ def pareto(report: Mapping[str, Any]) -> str | None:
             axes.errorbar(p["tokens_per_s"], scale * value, color=COLOURS[arm], linewidth=1, capsize=3, alpha=0.7,
                           yerr=[[max(0, scale * (value - low))], [max(0, scale * (high - value))]])  # fmt: skip
         axes.scatter(p["tokens_per_s"], scale * p["quality"], s=60, color=COLOURS[arm], zorder=3)
-        words = p["sampler"] if arm == "adapted" else ARM_WORDS[arm]
+        # The rest of the sampler is in the tables; one point is told from another by its first setting.
+        words = f"adapted, {p['sampler'].split(', ')[0]}" if arm == "adapted" else ARM_WORDS[arm]
         axes.annotate(words, (p["tokens_per_s"], scale * p["quality"]), xytext=(7, 5), textcoords="offset points",
                       fontsize=8.5, color="#334155")  # fmt: skip
     axes.set_xlim(0, 1.3 * max(p["tokens_per_s"] for p in points))

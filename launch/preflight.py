@@ -48,6 +48,13 @@ def check_ds_config(path_or_name: str | Path, owned: Mapping[str, tuple[str, obj
     if stage is not _ABSENT and (isinstance(stage, bool) or stage not in _STAGES):
         allowed = ", ".join(map(str, _STAGES))
         raise ValueError(f"deepspeed.zero_optimization.stage={_show(stage)} in {path.name}: allowed are {allowed}")
+    if stage == 3:  # or the final save finds no whole weights, and transformers only warns
+        gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        if _get(config, gather, path) not in (_ABSENT, True):
+            raise ValueError(
+                f"deepspeed.{gather}=false in {path.name}: the final model could not be saved; set it to true"
+            )
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     for key, (setting, value) in owned.items():
         found = _get(config, key, path)
         if found is _ABSENT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,11 @@ CASES = {
         1,
         "data.seq_len=32: 1 of 1 .* set data.seq_len=101 or data.too_long",
     ),
-    "canvas too long": ({"data__canvas_length": 40}, 1, "data.seq_len=32: an example takes .* lower .*canvas_length"),
+    "canvas too long": (
+        {"data__canvas_length": 40},
+        1,
+        "data.seq_len=32: an example may take 49 tokens .* lower .*canvas_length",
+    ),
     "empty canvas": ({"data__canvas_length": 0}, None, "data.canvas_length=0: must be at least 1"),
     "mask token in the data": ({"data__train": "mask.jsonl"}, 1, r"contains the mask token <\|mask\|> .*; remove it"),
     "no base": ({"model__base": "./none"}, 1, "model.base=./none: no such folder; give"),
@@ -124,6 +129,17 @@ CASES = {
         "num_epochs=1.0: the data has [0-9]+ packed rows an epoch, too few .* lower it",
     ),
     "odd pairs": ({"objective__complementary": True}, None, "objective.views=1: complementary views come in pairs"),
+    "canvases anywhere of no length": ({"data__canvas_start": "anywhere"}, None, "needs data.canvas_length.*; try 8"),
+    "ar loss on nothing": (
+        {"objective__ar_weight": 1},
+        None,
+        "objective.ar_weight=1.0: .* set that, or ar_weight to 0",
+    ),
+    "canvases anywhere in a bidirectional model": (
+        {"data__canvas_start": "anywhere", "data__canvas_length": 4, "model__attention": "bidirectional"},
+        1,
+        "data.canvas_start=anywhere: a bidirectional checkpoint has no causal context .*set it to prompt",
+    ),
     "unknown schedule": (
         {"training__lr_scheduler": "cosin"},
         1,
@@ -163,8 +179,6 @@ def test_a_mistake_is_told_in_one_line_and_costs_nothing(folder: Path, capsys, o
     assert found in (1, 2)
     assert err.startswith("adapt train: error: ")
     assert err.count("\n") == 1, err
-    import re
-
     assert re.search(line, err), err
     assert contents(folder) == before
 

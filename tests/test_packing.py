@@ -74,11 +74,6 @@ def test_fractional_epochs_count_a_part_of_the_next_one() -> None:
     assert packing.num_rows(0.25) == one // 4
 
 
-def test_an_example_larger_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.seq_len=64: an example takes 65 tokens .* raise data.seq_len"):
-        Packing(lambda epoch: np.array([3, 65]), 64, seed=0).row(0)
-
-
 def test_each_epoch_is_packed_by_its_own_sizes() -> None:
     packing = Packing(lambda epoch: np.full(10, (30, 60)[epoch]), 64, seed=0)
     assert [packing.num_rows(epochs) for epochs in (1, 2)] == [5, 15]
