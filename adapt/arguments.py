@@ -9,7 +9,9 @@ import sys
 import time
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the fields' docstrings
 
 
 class _Formatter(DefaultHelpFormatter):

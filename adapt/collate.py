@@ -58,15 +58,13 @@ class Canvases:
         return context_lengths + (target_lengths if self.has_ar_loss else starts.max(1)) + lengths.sum(1)
 
     def largest_sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> np.ndarray:
-        """The most tokens that each example may take in any epoch, [E]."""
-        if self.is_ar:
-            return context_lengths + target_lengths
-        if self.canvas_start == "anywhere":
-            return context_lengths + target_lengths + self.views * (self.canvas_length or 0)
-        canvas = np.maximum(target_lengths, self.canvas_length or 0)
-        if self.spec.attention == "bidirectional":
-            return self.views * (context_lengths + canvas)
-        return context_lengths + self.views * canvas
+        """The most tokens that each example may take in any epoch, [E]; tails that give way to seq_len do not count."""
+        if self.canvas_start == "anywhere" and not self.is_ar:
+            beside = target_lengths if self.has_ar_loss else target_lengths - 1
+            return context_lengths + beside + self.views * (self.canvas_length or 0)
+        if self.spec.attention == "bidirectional" and not self.is_ar:
+            return self.views * (context_lengths + target_lengths)
+        return context_lengths + self.views * target_lengths
 
     def longest_canvas(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> int:
         """Tokens of the longest stretch in which attention is bidirectional: how far the annealed window has to open."""

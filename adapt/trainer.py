@@ -1,6 +1,6 @@
 """Trains a diffusion checkpoint (or its AR control) with transformers' Trainer, alone or under DeepSpeed.
 
-    adapt train --config recipes/stories260k/prefix.yaml
+    adapt train --config recipes/smollm2-135m/prefix.yaml
     deepspeed --num_gpus 8 recipes/train.py --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4
 
 The run is one list of packed rows (`packing.py`); a step reads the next global_batch_size of them. Its loss is divided once, by
