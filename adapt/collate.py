@@ -57,8 +57,8 @@ class Canvases:
             return self.views * context_lengths + lengths.sum(1)
         return context_lengths + (target_lengths if self.has_ar_loss else starts.max(1)) + lengths.sum(1)
 
-    def largest_sizes(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> np.ndarray:
-        """The most tokens that each example may take in any epoch, [E]; tails that give way to seq_len do not count."""
+    def room_needed(self, context_lengths: np.ndarray, target_lengths: np.ndarray) -> np.ndarray:
+        """seq_len that each example needs in any epoch, [E]; a tail of end-of-text gives way, so it does not count."""
         if self.canvas_start == "anywhere" and not self.is_ar:
             beside = target_lengths if self.has_ar_loss else target_lengths - 1
             return context_lengths + beside + self.views * (self.canvas_length or 0)

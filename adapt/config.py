@@ -96,6 +96,11 @@ class DataConfig:
             raise ValueError("data.train=[]: give at least one file, or a Hub dataset id")
         _one_of("data.too_long", self.too_long, ("drop", "error"))
         _one_of("data.canvas_start", self.canvas_start, ("anywhere", "prompt"))
+        if self.canvas_length is not None and self.canvas_length > self.seq_len:
+            raise ValueError(
+                f"data.canvas_length={self.canvas_length}: longer than a row of data.seq_len={self.seq_len}; lower it, or "
+                "raise data.seq_len"
+            )
         if self.canvas_start == "anywhere" and self.canvas_length is None:
             raise ValueError(
                 "data.canvas_start=anywhere: needs data.canvas_length, the tokens of a canvas; try 8 or 16"
@@ -176,7 +181,7 @@ class TrainingConfig:
     logging_steps: int = 1
     """steps"""
     save_steps: int = 0
-    """steps between checkpoints; 0 = at the end only"""
+    """steps between checkpoints; 0 = none: the run cannot resume, but the final model is written"""
     keep_checkpoints: int = 2
     """older ones are deleted"""
     resume: bool = True

@@ -217,11 +217,11 @@ def _packed_rows(recipe: Recipe, canvases: Canvases, examples: Dataset) -> tuple
     """(the rows that the run reads; tokens of the longest stretch in which attention is bidirectional)."""
     ours = recipe.training
     contexts, targets = lengths(examples, "context"), lengths(examples, "target")
-    largest = int(canvases.largest_sizes(contexts, targets).max())
+    largest = int(canvases.room_needed(contexts, targets).max())
     if largest > recipe.data.seq_len:  # in any epoch: a run of days must not end at one long random tail
         raise ValueError(
             f"data.seq_len={recipe.data.seq_len}: an example may take {largest} tokens with all its views; "
-            f"set data.seq_len={largest}, or lower objective.views or data.canvas_length"
+            f"set data.seq_len={largest}, or lower objective.views"
         )
     packing = Packing(partial(canvases.sizes, contexts, targets), recipe.data.seq_len, ours.seed)
     num_steps = ours.num_steps or packing.num_rows(ours.num_epochs or 0) // ours.global_batch_size

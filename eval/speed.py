@@ -179,7 +179,7 @@ def diffusion_arm(
 
 def sampler_words(sampler: Any) -> str:
     """The settings of a SamplerConfig that do something, in words: `threshold=0.9, temperature=0.5`."""
-    neutral = {"temperature": 0.0, "top_p": 1.0}
+    neutral = {"temperature": 0.0, "top_p": 1.0, "order": "confidence"}
     said = {k: v for k, v in vars(sampler).items() if v is not None and k != "seed" and neutral.get(k) != v}
     return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in said.items()) or "default"
 

@@ -89,8 +89,13 @@ CASES = {
     ),
     "canvas too long": (
         {"data__canvas_length": 40},
+        None,
+        "data.canvas_length=40: longer than a row of data.seq_len=32; lower it, or raise",
+    ),
+    "too many views": (
+        {"objective__views": 4},
         1,
-        "data.seq_len=32: an example may take 49 tokens .* lower .*canvas_length",
+        "data.seq_len=32: an example may take [0-9]+ tokens with all its views; set data.seq_len=.* or lower objective.views",
     ),
     "empty canvas": ({"data__canvas_length": 0}, None, "data.canvas_length=0: must be at least 1"),
     "mask token in the data": ({"data__train": "mask.jsonl"}, 1, r"contains the mask token <\|mask\|> .*; remove it"),
