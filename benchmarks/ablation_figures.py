@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,8 @@ def results(
             "bound": float(by_seed.mean()),
             "ci95": stats.bootstrap_mean(by_seed.mean(0)),
             "by_seed": by_seed.mean(1).tolist(),
-            "mc_stderr": float(np.sqrt(sum(np.square(f["mc_stderr"]).sum() for f in finals)))
-            / (len(finals) * sum(lengths)),
+            # All seeds are scored under the same noise, so that its error does not shrink with their number.
+            "mc_stderr": float(np.mean([np.linalg.norm(f["mc_stderr"]) for f in finals])) / sum(lengths),
             "positions": sum(f["positions"] for f in finals) / sum(f["clean_tokens"] for f in finals),
             "cpu_s": float(np.mean([f["train_cpu_s"] for f in finals])),
             "steps": first["steps"],
@@ -146,7 +145,7 @@ def _document(out: Path, rows: list, plan: Any, training: list, texts: dict[str,
         f"{', '.join(texts['dates'])}; {'; '.join(texts['hardware'])}; fp32; revision {', '.join(texts['revisions'])}; "
         f"{texts['num_runs']} runs, {texts['failed']} of them failed. Written by",
         "",
-        f"    python {shlex.join(['benchmarks/ablations.py', *sys.argv[1:]])}",
+        f"    python {_command(out, plan)}",
         "",
         f"**Text.** What the base wrote at temperature 1: {sampled} samples, of which {ended / sampled:.1%} ended within the context "
         f"and {share:.1%} did and tokenise back to the same tokens; those are kept. {plan.heldout} further ones, "
@@ -159,7 +158,10 @@ def _document(out: Path, rows: list, plan: Any, training: list, texts: dict[str,
         "**Bound.** NELBO minus the base's NLL of the same texts, nats/token: an upper bound on what adaptation lost. Block arms are "
         "scored block by block, with the last block full of end-of-text. Bidirectional arms are told a text's length, so "
         f"-log p(length) under the training texts' histogram is added to theirs ({texts['length_cost']:.4f} nats/token). "
-        f"{plan.samples} Monte-Carlo samples a text, from one seed for all arms. Interval: 95 %, bootstrap over {plan.heldout} texts "
+        f"{plan.samples} Monte-Carlo samples a text, from one seed for all arms (standard error of a bound at most, its strata "
+        "taken for independent, "
+        f"{max((row['mc_stderr'] for row in rows if 'mc_stderr' in row), default=0):.4f}). Interval: 95 %, "
+        f"bootstrap over {plan.heldout} texts "
         f"of the mean of {plan.seeds} seeds; the seeds stand beside it. *Drift*: NLL of the same weights read left to right, minus "
         "the base's.",
         "",
@@ -177,6 +179,12 @@ def _document(out: Path, rows: list, plan: Any, training: list, texts: dict[str,
         "",
         *_tuning_table(rows),
     ]
+
+
+def _command(out: Path, plan: Any) -> str:
+    """What leads to these figures, without what changes none of them (folders, workers, calls that were cut short)."""
+    options = [word for name, value in vars(plan).items() for word in (f"--{name}", str(value))]
+    return shlex.join(["benchmarks/ablations.py", "--base", "path/to/base", "--out", str(out), *options])
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

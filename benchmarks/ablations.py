@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     """Samples, trains, scores, and writes table and plot."""
     import ablation_figures
     from ablation_arms import ARMS
-    from ablation_runs import ar_nll
+    from ablation_runs import ar_nll, texts_of
     from ablation_texts import write_base
 
     from adapt.arguments import CommandParser
@@ -172,6 +172,10 @@ def main(argv: list[str]) -> None:
     scored = heldout.kept[: given.heldout]
     if len(scored) < given.heldout:
         sys.exit(f"--heldout={given.heldout}: only {len(scored)} of {heldout.sampled} samples are fit; lower it")
+    try:
+        texts_of(texts, max(given.tokens, given.tune_tokens))
+    except ValueError as error:
+        sys.exit(str(error))
     # 2. Runs.
     plan = Plan(*(getattr(given, name) for name in Plan.__dataclass_fields__))
     done = ablation_figures.read_runs(given.runs, without_failed=given.retry)

@@ -126,15 +126,15 @@ def command(base_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("ablations")
     base = base_folder("llama")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    texts = [tokenizer("the cat sat on the mat, and the dog ran " * (1 + i % 2))["input_ids"] + [0] for i in range(16)]
+    texts = [tokenizer("the cat sat on the mat, and the dog ran " * (1 + i % 2))["input_ids"] + [0] for i in range(32)]
     for seed in (0, 1_000_000):
-        (folder / f"texts-{seed}.json").write_text(json.dumps([20, 18, texts]))
+        (folder / f"texts-{seed}.json").write_text(json.dumps([40, 36, texts]))
     plan = [item for name in PLAN.__dataclass_fields__ for item in (f"--{name}", str(getattr(PLAN, name)))]
     arms = "block 16; bidirectional, shift, annealed"
     argv = [sys.executable, BENCHMARKS / "ablations.py", "--base", base, "--out", folder / "found.md", "--work", folder]
     argv += ["--runs", folder / "runs.jsonl", "--arms", arms, "--chunks", "1", "--workers", "2", *plan]
 
-    def launch(*more: str) -> subprocess.CompletedProcess:
+    def launch(*more: object) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path}
         return subprocess.run(
@@ -144,6 +144,7 @@ def command(base_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return launch, folder
 
 
+@pytest.mark.slow
 def test_one_command_tunes_trains_scores_and_writes_and_a_second_one_only_writes(command) -> None:
     launch, folder = command
     first = launch()
@@ -170,8 +171,17 @@ def test_one_command_tunes_trains_scores_and_writes_and_a_second_one_only_writes
     assert ablation_figures.read_runs(folder / "runs.jsonl").keys() >= {PLAN.tuning("block 16", 1e-3).key}
 
 
-def test_an_arm_that_is_none_is_named(command) -> None:
-    launch, _ = command
-    done = launch("--arms", "block 5")
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--arms", "block 5"], "--arms=block 5: choose from block 16;"),
+        (["--tokens", "9000"], "--tokens=9000: only 672 tokens were sampled; lower it, or raise --chunks"),
+        (["--heldout", "33"], "--heldout=33: only 32 of 40 samples are fit; lower it"),
+    ],
+)
+def test_what_cannot_be_run_is_named_before_anything_runs(command, arguments: list[str], said: str) -> None:
+    launch, folder = command
+    done = launch(*arguments, "--runs", folder / "none.jsonl")
     assert done.returncode == 1
-    assert "--arms=block 5: choose from block 16;" in done.stderr
+    assert said in done.stderr
+    assert not (folder / "none.jsonl").exists()
