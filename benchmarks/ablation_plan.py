@@ -28,6 +28,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"--precision={self.precision}: choose bf16 or fp32")
+        if self.samples < 2:
+            raise ValueError(f"--samples={self.samples}: must be at least 2, for the Monte-Carlo error")
         if min(self.rates, default=1.0) <= 0 or list(self.rates) != sorted(set(self.rates)):
             raise ValueError(f"--rates={','.join(map(str, self.rates))}: must be above 0, each once, in rising order")
 

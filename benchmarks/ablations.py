@@ -3,7 +3,7 @@
     python benchmarks/ablations.py --base ../shared/models/stories260K --out docs/ablations.md
     python benchmarks/ablations.py --base path/to/SmolLM2-135M-Instruct --prompts questions.jsonl --out docs/ablations.md \\
         --arms "block 16; block 4; block 16, shift; block 16, shift, AR loss" --rates 1e-4,3e-4,1e-3 --precision bf16 \\
-        --tokens 20000 --tune_tokens 6000 --seeds 1 --heldout 96 --samples 2 --chunks 3
+        --tokens 20000 --tune_tokens 6000 --seeds 1 --heldout 96 --samples 2 --chunks 2 --chunk_rows 104
 
 The training text is what the base itself wrote, so its own NLL is the entropy (but for a constant, ablation_texts.py) and NELBO
 minus NLL bounds KL(original || adapted). Without --prompts, --base is a llama2.c model: its end-of-text is its start-of-text. With

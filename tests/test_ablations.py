@@ -269,7 +269,7 @@ def test_answers_of_any_model_fill_a_section_of_their_own_and_a_second_command_o
     asked.write_text("".join(json.dumps({"question": f"the cat sat on {n} mats?"}) + "\n" for n in range(20)))
     out.write_text("# First\n\nkept\n\n## What follows\n\nBlocks.\n")
     options = ["--prompts", asked, "--title", "Tiny", "--rates", "0.001", "--precision", "bf16", "--arms", "block 4"]
-    options += ["--max_new_tokens", "33", "--chunk_rows", "10", "--row_tokens", "128", "--seeds", "1"]
+    options += ["--max_new_tokens", "64", "--chunk_rows", "10", "--row_tokens", "128", "--seeds", "1"]
     options += ["--out", out, "--runs", runs, "--work", tmp_path / "work", "--workers", "1"]
     first = launch(*options)
     assert first.returncode == 0, first.stderr[-3000:]
