@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .checkpoint import DiffusionSpec
-from .config import NoiseConfig, ObjectiveConfig
 from .context import canvas_context_lengths, clean_context_lengths
 from .hybrid_noise import corrupt
 from .noise import cart_weight, complement_weight, elbo_weight, generator_for, q_sample, sample_t, uniform_for
 from .packing import Place
+from .settings import NoiseConfig, ObjectiveConfig
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from transformers.trainer_utils import SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 
 from .build_locks import check_build_locks
-from .config import Recipe, TrainingConfig
+from .config import Recipe
 from .nvme import prepare_nvme
+from .settings import TrainingConfig
 from .trackers import PROJECT
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")

@@ -37,7 +37,7 @@ from .attention import Layout
 from .canvases import Canvases
 from .checkpoint import DiffusionSpec
 from .collate import Batch, PackedRows, collate
-from .config import NoiseConfig, ObjectiveConfig, Recipe, parse_recipe
+from .config import Recipe, parse_recipe
 from .data import lengths, load_examples, load_rows
 from .distill import Teacher, load_teacher
 from .engine import check_schedule, training_arguments, whole_weights
@@ -50,6 +50,7 @@ from .packing import Packing
 from .prepare import attention_kernel, check_base, diffusion_checkpoint, prepared
 from .resume import newest_checkpoint, remove_unfinished, whole_checkpoints
 from .saving import facts, save_final, save_provenance, sealed_checkpoint
+from .settings import NoiseConfig, ObjectiveConfig
 from .trackers import RecipeInTrackers
 from .universal import read_on_any_ranks
 from .watch import Samples, sample_prompt
