@@ -5,7 +5,7 @@ adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -70,6 +70,17 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Writes the resolved recipe, which loads again as a recipe."""
         path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def ignored_by_ar(recipe: Recipe) -> list[str]:
+    """The settings of objective and noise that are not the defaults and mean nothing to the AR objective."""
+    ours = {"objective": (recipe.objective, ObjectiveConfig(name="ar")), "noise": (recipe.noise, NoiseConfig())}
+    return [
+        f"{section}.{field.name}"
+        for section, (given, default) in ours.items()
+        for field in fields(given)
+        if getattr(given, field.name) != getattr(default, field.name)
+    ]
 
 
 def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from .attention import Layout
 from .collate import Batch
+from .config import Recipe
+from .engine import whole_weights
 from .model import after_head, hidden_states
 from .objective import RowLoss, cross_entropy
+from .prepare import attention_kernel
 
 
 class Teacher:
@@ -69,3 +72,14 @@ def load_teacher(folder: str | Path, dtype: torch.dtype, device: torch.device, a
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     model.config.is_causal = True  # the layout says who sees whom
     return Teacher(model.to(device).requires_grad_(False).eval())
+
+
+def teacher_of(recipe: Recipe, model, folder: Path, args: TrainingArguments) -> Teacher | None:
+    """The teacher that a recipe asks for: the model that is trained without its adapters, or a copy of the base; None = none."""
+    if not recipe.objective.distill_weight or recipe.objective.name == "ar":
+        return None
+    if recipe.model.lora is not None:
+        return Teacher(model.get_base_model(), model.disable_adapter)
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    with whole_weights(args):
+        return load_teacher(folder, dtype, args.device, attention_kernel(recipe))
