@@ -45,8 +45,7 @@ class Teacher:
         return states.flatten(0, 1)[batch["teacher_rows"]]
 
     def row_loss(self, weight: float) -> RowLoss:
-        """(logits, targets, the teacher's hidden states, is_taught) -> -log p + weight x KL of each row, and -log p."""
-
+        """(logits, targets, the teacher's hidden states, is_taught) -> -log p + weight x KL of each row, and (-log p, KL) [n, 2]."""
         head, post = _without_adapters(self.model.get_output_embeddings()), after_head(self.model)
 
         def loss(logits: Tensor, targets: Tensor, hidden: Tensor, is_taught: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +53,8 @@ class Teacher:
             with torch.no_grad():
                 log_p = post(head(hidden)).float().log_softmax(-1)
             log_q = logits.log_softmax(-1)[:, : log_p.shape[1]]  # without a mask token's row that the base never had
-            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-            return nll + weight * is_taught * kl, nll
+            kl = is_taught * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            return nll + weight * kl, torch.stack([nll, kl], dim=1)
 
         return loss
 

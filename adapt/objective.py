@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_LOGITS = 2**28  # n x V of a chunk: 0.5 GB in bfloat16
 SLICE_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # of a slice of it: what stays in a CPU's cache; enough to fill a GPU
 
-# (logits [n, V] in float32, tensors of the rows [n, ...]) -> (loss of each row [n], its -log p or bound [n]), nats
+# (logits [n, V] in float32, tensors of the rows [n, ...]) -> (loss of each row [n], for the log its -log p or bound [n], or that
+# and more beside it [n, m]), nats
 RowLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -38,7 +39,7 @@ def weighted_loss(
     weights_N: Tensor,
     num_chunks: int,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of weight x loss over the rows [], their nats [N] without a gradient).
+    """(sum of weight x loss over the rows [], their nats [N] or [N, m] without a gradient).
 
     The logits are post(linear(hidden)): the model's head, and how it scales and caps what that gives. num_chunks is used where
     the weights are scattered (ZeRO-3): gathering them is a collective, so all ranks must take as many chunks; there the head is

@@ -26,7 +26,7 @@ X = {
     "tokens": ("tokens_seen", "positions computed, padding and noisy copies included"),
 }
 _UNITS = {
-    **dict.fromkeys(("loss", "nelbo", "noised_nll", "ar_nll"), "nats/token"),
+    **dict.fromkeys(("loss", "nelbo", "noised_nll", "ar_nll", "distill_kl"), "nats/token"),
     **dict.fromkeys(("tokens_per_s", "useful_tokens_per_s", "clean_tokens_per_s"), "tokens/s"),
     "elapsed_s": "s",
     "grad_norm": "L2",

@@ -104,6 +104,11 @@ class DiffusionTrainer(Trainer):
             router_weight=1 / self.args.gradient_accumulation_steps,  # a mean over micro-batches, not over tokens
         )
         # 3. For the log, on the device.
+        none = torch.zeros_like(inputs["num_maskable"])
+        taught = {"distill_kl_sum": none, "num_taught": none}
+        if self.teacher is not None:
+            nats[0], kl = nats[0].unbind(1)
+            taught = {"distill_kl_sum": kl.sum(), "num_taught": inputs["is_taught"].sum()}
         nll, ar_nll = torch.cat(nats).split([len(inputs["rows"]), len(inputs["ar_rows"])])
         if self.is_ar:  # the NLL is what its NELBO is: every target token is predicted, once
             num_ar = torch.full_like(inputs["num_maskable"], len(ar_nll))
@@ -111,7 +116,11 @@ class DiffusionTrainer(Trainer):
         else:
             _, _, metrics = diffusion_loss(nll, inputs["elbo_weight"], inputs["num_maskable"])
         metrics |= {name: inputs[name] for name in ("num_useful", "num_clean")}
-        metrics |= {"ar_nll_sum": ar_nll.sum(), "num_ar": torch.full_like(inputs["num_maskable"], len(ar_nll))}
+        metrics |= {
+            "ar_nll_sum": ar_nll.sum(),
+            "num_ar": torch.full_like(inputs["num_maskable"], len(ar_nll)),
+            **taught,
+        }
         self.metrics.add(metrics, num_tokens=inputs["input_ids"].numel())
         return self.guard.weigh_loss(loss, self)
 
