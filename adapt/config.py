@@ -5,7 +5,9 @@ adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -83,6 +85,28 @@ def ignored_by_ar(recipe: Recipe) -> list[str]:
     ]
 
 
+def _no_recipe(file: Path) -> str | None:
+    """Why that file cannot be read as a recipe, and what to do; None if it can."""
+    if file.is_dir():
+        return "is a folder; give a recipe in it, a YAML file"
+    if not file.exists():
+        beside = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
+        near = difflib.get_close_matches(file.name, beside, n=1)
+        return f"no such file; did you mean {file.with_name(near[0])}?" if near else "no such file; give a recipe"
+    try:
+        sections = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f" (line {mark.line + 1}: {problem})" if mark else ""
+        return f"is no YAML{where}; give a recipe"
+    if not isinstance(sections, dict):
+        return f"is no recipe, which has the sections {', '.join(sorted(section.name for section in fields(Recipe)))}"
+    for name, settings in sections.items():
+        if not isinstance(settings, dict):
+            return f"{name} holds no settings but {settings!r}; write some under it, or leave it out"
+    return None
+
+
 def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
     """The recipe of a command line: `--config FILE` and dotted overrides. Exits with 2 on unknown keys and wrong types."""
     from .arguments import CommandParser
@@ -91,6 +115,10 @@ def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
     parser.add_argument("--config", action="config", help="a recipe; later arguments override it")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.add_class_arguments(Recipe, as_group=False)
+    given = [value for option, value in pairwise(argv) if option == "--config"]
+    for file in [*given, *(option.removeprefix("--config=") for option in argv if option.startswith("--config="))]:
+        if why := _no_recipe(Path(file)):
+            parser.error(f"config={file}: {why}")
     namespace = parser.parse_args(argv)
     config = parser.instantiate(namespace)
     return Recipe(config.model, config.data, config.training, config.noise, config.objective)
