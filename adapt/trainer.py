@@ -284,7 +284,7 @@ def train(recipe: Recipe) -> Path:
         print(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}", file=sys.stderr)
     dataset, longest_canvas = packed_rows(recipe, canvases, examples)
     args.max_steps = len(dataset) // recipe.training.global_batch_size
-    check_schedule(recipe.training, args.max_steps)
+    check_schedule(recipe.training, args.max_steps, is_main)
     check_curriculum(recipe, args.max_steps)
     resharding = read_on_any_ranks(checkpoint, args)
     sampled = None
