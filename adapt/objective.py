@@ -3,6 +3,10 @@
 [B, L, V] logits never exist: the rows whose hidden state predicts something are gathered first, and the head runs over them in
 chunks whose gradients are taken at once, in the forward pass (the idea of Liger's fused linear cross-entropy), so that memory
 grows with neither vocabulary x length nor the number of rows, and nothing is computed twice.
+
+    weighted_loss     what a training step minimises: the weights, divided by the step's tokens, are inside (`trainer.py`)
+    diffusion_loss    the public NELBO of -log p that are at hand, a sum and a count: a step reports it and does not minimise it
+
 Shapes: N chosen rows, n of them in a chunk, D hidden size, V vocabulary.
 """
 
@@ -39,7 +43,7 @@ def weighted_loss(
     weights_N: Tensor,
     num_chunks: int,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of weight x loss over the rows [], their nats [N] or [N, m] without a gradient).
+    """The training step's loss: (sum of weight x loss over the rows [], their nats [N] or [N, m] without a gradient).
 
     The logits are post(linear(hidden)): the model's head, and how it scales and caps what that gives. num_chunks is used where
     the weights are scattered (ZeRO-3): gathering them is a collective, so all ranks must take as many chunks; there the head is
