@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from .config import DataConfig
+from .settings import DataConfig
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",), ("context", "target"))

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 from training_fixtures import tiny_tokenizer
 
-from adapt.config import DataConfig
 from adapt.data import lengths, load_examples, load_rows
+from adapt.settings import DataConfig
 
 PAIRS = [{"prompt": "the cat", "completion": "sat on"}, {"prompt": "a", "completion": "dog ran ."}]
 CHAT = [
