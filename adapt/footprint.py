@@ -65,7 +65,8 @@ def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, deepspee
     mode = next(model.parameters()).fake_mode
     canvases = _canvases(recipe, base.config.vocab_size)
     batch, text_tokens = _batch(recipe, canvases, micro_batch)
-    base.config._attn_implementation = kernel if kernel in ("eager", "sdpa", "sdpa_pieces") else FLASH
+    dense = ("eager", "sdpa") if device == "cuda" else ("eager", "sdpa", "sdpa_pieces")
+    base.config._attn_implementation = kernel if kernel in dense else FLASH
     real_layouts = {id(batch["pieces"]): _layout(batch)}
     if "teacher_pieces" in batch:
         documents = batch["teacher_document_ids"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .config import LoraConfig
 
@@ -28,6 +29,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, mask_token_id: int | 
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) for module in model.modules()
+        ),  # GPT-2 keeps its weights transposed
         trainable_token_indices=None if mask_token_id is None else {name: [mask_token_id]},
     )
     weight: Any = embedding.weight

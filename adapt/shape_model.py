@@ -62,12 +62,10 @@ def without_data(model: Any, mode: FakeTensorMode) -> Any:
     return model
 
 
-def _flash(module: torch.nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_):
-    """Attention that keeps what every flash kernel does, FlexAttention among them: no L x L, the mask in its blocks."""
+def _flash(module: torch.nn.Module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention that keeps what every flash kernel does, FlexAttention among them: no L x L, dropout as a seed."""
     gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
-    )
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -150,13 +150,6 @@ def zero_of(recipe: Recipe) -> Zero:
 def zero_stages(recipe: Recipe) -> list[Zero]:
     """The recipe's own way, then the stages of DeepSpeed beside it, offloading where the recipe does and the stage can."""
     own = zero_of(recipe)
-    if recipe.model.quantization is not None:
-        if own.stage is not None:
-            raise ValueError(
-                f"training.deepspeed={recipe.training.deepspeed}: with model.quantization={recipe.model.quantization} only runs "
-                "without DeepSpeed are planned; set it to null"
-            )
-        return [own]  # ZeRO scatters no 4-bit weights
     others = [
         Zero(
             stage=stage,
@@ -191,7 +184,7 @@ def peak(zero: Zero, weights: Weights, held: np.ndarray, ranks: int, accumulates
         buffers = element * bucket * (2 if zero.overlap else 1)
         step_copies = (4.0 + element) * trained / n
         if stage == 3:
-            gathered = element * min(weights.count, max(zero.live, weights.largest))
+            gathered = weights.bytes / weights.count * min(weights.count, max(zero.live, weights.largest))
             buffers += gathered if n > 1 or zero.parameters_on != "gpu" else 0
             parameters, step_copies = parameters / n, 4.0 * min(trained / n, zero.sub_group)
         held_gradients = weights.trained_bytes / n if scattered else 0.0
