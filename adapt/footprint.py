@@ -1,7 +1,7 @@
 """What one micro-batch keeps in memory, found by running the real step on tensors that have shapes and no data.
 
     model = shape_model(recipe, config, deepspeed=True)
-    timeline = trace(recipe, config, model, batch_rows=8)
+    timeline = trace(recipe, model, micro_batch=8, kernel="flex_attention", stage=2, device="cuda")
 
 No formula of a layer: the architecture's own modules, our objective and autograd run under torch's FakeTensorMode, and every
 storage is counted from the operation that makes it to the moment that nobody holds it. What only a kernel's inside takes (a
@@ -41,6 +41,7 @@ from .pieces import with_masks
 from .shape_model import FLASH, without_data
 from .tape import Tape, repeated
 
+_ROWS_PER_GATHER = 2048  # trainer.ROWS_PER_GATHER; importing the trainer would double the time that a plan takes
 _DRAWS = 4  # micro-batches whose noise is drawn, of which the one with most noised tokens counts
 
 
@@ -55,11 +56,12 @@ class Timeline:
     """hidden states that went through the head"""
 
 
-def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, deepspeed: bool, device: str) -> Timeline:
+def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, stage: int | None, device: str) -> Timeline:
     """What a forward and backward pass over micro_batch full rows holds, moment by moment.
 
     kernel: the attention kernel, whose inside is not computed: flash kernels keep queries, keys, values, the output and a number
-    a row, with sdpa_pieces of each rectangle. device: cuda or cpu, which differ in the head's slices.
+    a row, with sdpa_pieces of each rectangle. stage: of ZeRO, None without DeepSpeed; it decides about autocast, and in stage 3 how
+    the head's weights are used. device: cuda or cpu, which differ in the head's slices.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mode = next(model.parameters()).fake_mode
@@ -80,6 +82,8 @@ def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, deepspee
         if layers is not None:
             stack.enter_context(_only_three(layers))
             stack.enter_context(tape.marking(layers))
+        if stage == 3:
+            stack.enter_context(_scattered(base.get_output_embeddings()))
         teacher = _teacher(recipe, model, base, mode)
         stack.enter_context(mock.patch("adapt.model.with_masks", partial(_with_masks, mode, real_layouts)))
         batch = tree_map_only(Tensor, mode.from_tensor, batch)
@@ -87,7 +91,7 @@ def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, deepspee
         tape.ignore(model, *([] if teacher is None else [teacher.model]))
         stack.enter_context(tape.handing_on(model))
         stack.enter_context(tape)
-        autocast = recipe.training.precision == "bf16" and not deepspeed
+        autocast = recipe.training.precision == "bf16" and stage is None
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss, _ = model(
                 input_ids=batch["input_ids"],
@@ -95,7 +99,7 @@ def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, deepspee
                 pieces=batch["pieces"],
                 right_window=canvases.seq_len if layout is not None and recipe.objective.anneal_steps else None,
                 terms=_terms(recipe, canvases, batch, teacher, layout is not None),
-                num_chunks=max(1, micro_batch * recipe.data.seq_len // 2048),
+                num_chunks=-(-micro_batch * recipe.data.seq_len // _ROWS_PER_GATHER),
                 router_weight=1.0,
             )
         tape.mark("backward")
@@ -227,6 +231,18 @@ def _equal_layers(base: Any) -> tuple[torch.nn.ModuleList | None, int]:
         return None, number
     shapes = [[(name, p.shape, p.dtype) for name, p in layer.named_parameters()] for layer in lists[0]]
     return (lists[0], number) if all(shape == shapes[0] for shape in shapes) else (None, number)
+
+
+@contextmanager
+def _scattered(head: torch.nn.Module):
+    """Inside, the head's weights look like ZeRO-3's to our loss, which then runs the head again in the backward pass."""
+    for weight in (weights := list(head.parameters())):
+        weight.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for weight in weights:
+            delattr(weight, "ds_id")
 
 
 @contextmanager

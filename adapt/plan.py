@@ -59,9 +59,9 @@ class Planner:
     def weights(self, deepspeed: bool) -> Weights:
         return Weights.of(self._model(deepspeed), self.recipe)
 
-    def timeline(self, deepspeed: bool, micro_batch: int) -> Timeline:
-        options = {"micro_batch": micro_batch, "kernel": self.kernel, "deepspeed": deepspeed, "device": self.device}
-        return trace(self.recipe, self._model(deepspeed), **options)
+    def timeline(self, stage: int | None, micro_batch: int) -> Timeline:
+        options = {"micro_batch": micro_batch, "kernel": self.kernel, "stage": stage, "device": self.device}
+        return trace(self.recipe, self._model(stage is not None), **options)
 
     def peak(self, zero: Zero, micro_batch: int | None = None) -> Peak:
         """What a rank holds at its fullest moment; micro_batch None: the recipe's."""
@@ -69,7 +69,8 @@ class Planner:
         micro_batch = micro_batch or ours.micro_batch_size
         accumulates = ours.global_batch_size > micro_batch * self.gpus
         weights = self.weights(zero.stage is not None)
-        return peak(zero, weights, self.timeline(zero.stage is not None, micro_batch).held, self.gpus, accumulates)
+        traced = zero.stage if zero.stage in (None, 3) else 2  # stages 0 to 2 run the same operations
+        return peak(zero, weights, self.timeline(traced, micro_batch).held, self.gpus, accumulates)
 
     def largest_micro_batch(self, zero: Zero, memory: float) -> int:
         """The largest that fits into `memory` bytes and divides the rows of a step and rank; 0: not even 1 does."""
@@ -215,7 +216,7 @@ def _check(given: Any) -> None:
 
 def _cost(planner: Planner, zero: Zero, rate: float | None, source: str, train_tokens: float | None) -> dict[str, Any]:
     ours = planner.recipe.training
-    timeline = planner.timeline(zero.stage is not None, ours.micro_batch_size)
+    timeline = planner.timeline(zero.stage, ours.micro_batch_size)
     clean = timeline.text_tokens // ours.micro_batch_size * ours.global_batch_size
     cost: dict[str, Any] = {
         "positions_per_step": ours.global_batch_size * planner.recipe.data.seq_len,

@@ -185,7 +185,7 @@ def peak(zero: Zero, weights: Weights, held: np.ndarray, ranks: int, accumulates
         step_copies = (4.0 + element) * trained / n
         if stage == 3:
             gathered = weights.bytes / weights.count * min(weights.count, max(zero.live, weights.largest))
-            buffers += gathered if n > 1 or zero.parameters_on != "gpu" else 0
+            buffers += gathered
             parameters, step_copies = parameters / n, 4.0 * min(trained / n, zero.sub_group)
         held_gradients = weights.trained_bytes / n if scattered else 0.0
         if zero.optimizer_on != "gpu":  # float32 gradients of its part lie with the states
