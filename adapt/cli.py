@@ -24,6 +24,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "convert": Verb("adapt.conversion:main", "a causal LM (Hub id, folder or GGUF file) into a diffusion checkpoint"),
+    "plan": Verb("adapt.plan:main", "what a recipe will cost: memory of each GPU, largest micro-batch, time"),
     "train": Verb("adapt.trainer:main", "train a recipe in one process (on N GPUs: deepspeed recipes/train.py ...)"),
     "plot": Verb("adapt.plot:main", "the curves of several runs against tokens, as a figure and a table"),
     "generate": Verb("adapt.generate:main", "write text, or fill blanks, by refining"),

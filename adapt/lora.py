@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .settings import LoraConfig
 
@@ -28,8 +29,17 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, mask_token_id: int | 
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) for module in model.modules()
+        ),  # GPT-2 keeps its weights transposed
         trainable_token_indices=None if mask_token_id is None else {name: [mask_token_id]},
     )
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 packs a 4-bit layer anew when it runs in eval mode on such a CPU, as a teacher or for a sample,
+            # and from then on no gradient goes through it.
+            module.support_avx512bf16_for_cpu = False
     weight: Any = embedding.weight
     with _gathered(weight) if hasattr(weight, "ds_id") else nullcontext():
         try:

@@ -1,0 +1,255 @@
+"""What one micro-batch keeps in memory, found by running the real step on tensors that have shapes and no data.
+
+    model = shape_model(recipe, config, deepspeed=True)
+    timeline = trace(recipe, model, micro_batch=8, kernel="flex_attention", stage=2, device="cuda")
+
+No formula of a layer: the architecture's own modules, our objective and autograd run under torch's FakeTensorMode, and every
+storage is counted from the operation that makes it to the moment that nobody holds it. What only a kernel's inside takes (a
+matrix product's workspace) is not seen. A model of n equal layers is run with three of them, and the middle one repeated in the
+account. How activations split into what is kept and what is recomputed: Korthikanti et al., arXiv:2205.05198.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from . import objective
+from .attention import Layout
+from .canvases import Canvases
+from .checkpoint import DiffusionSpec
+from .collate import collate, pack
+from .config import Recipe
+from .distill import Teacher
+from .engine import compute_dtype
+from .hybrid_noise import hybrid_loss
+from .model import Term, hidden_states
+from .objective import cross_entropy
+from .packing import Place
+from .pieces import with_masks
+from .shape_model import FLASH, without_data
+from .tape import Tape, repeated
+
+_ROWS_PER_GATHER = 2048  # trainer.ROWS_PER_GATHER; importing the trainer would double the time that a plan takes
+_DRAWS = 4  # micro-batches whose noise is drawn, of which the one with most noised tokens counts
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Bytes held at each moment of a forward and backward pass, [moments, len(KINDS)], besides weights and optimizer."""
+
+    held: np.ndarray
+    text_tokens: int
+    """clean tokens of the micro-batch, each counted once"""
+    head_rows: int
+    """hidden states that went through the head"""
+
+
+def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, stage: int | None, device: str) -> Timeline:
+    """What a forward and backward pass over micro_batch full rows holds, moment by moment.
+
+    kernel: the attention kernel, whose inside is not computed: flash kernels keep queries, keys, values, the output and a number
+    a row, with sdpa_pieces of each rectangle. stage: of ZeRO, None without DeepSpeed; it decides about autocast, and in stage 3 how
+    the head's weights are used. device: cuda or cpu, which differ in the head's slices.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mode = next(model.parameters()).fake_mode
+    canvases = _canvases(recipe, base.config.vocab_size)
+    batch, text_tokens = _batch(recipe, canvases, micro_batch)
+    dense = ("eager", "sdpa") if device == "cuda" else ("eager", "sdpa", "sdpa_pieces")
+    base.config._attn_implementation = kernel if kernel in dense else FLASH
+    real_layouts = {id(batch["pieces"]): _layout(batch)}
+    if "teacher_pieces" in batch:
+        documents = batch["teacher_document_ids"]
+        teacher_layout = Layout(documents, torch.zeros_like(documents), batch["teacher_position_ids"])
+        real_layouts[id(batch["teacher_pieces"])] = teacher_layout
+    tape = Tape(base.config.vocab_size)
+    layers, num_layers = _equal_layers(base)
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        stack.enter_context(mock.patch.dict(objective.SLICE_LOGITS, cpu=objective.SLICE_LOGITS[device]))
+        if layers is not None:
+            stack.enter_context(_only_three(layers))
+            stack.enter_context(tape.marking(layers))
+        if stage == 3:
+            stack.enter_context(_scattered(base.get_output_embeddings()))
+        teacher = _teacher(recipe, model, base, mode)
+        stack.enter_context(mock.patch("adapt.model.with_masks", partial(_with_masks, mode, real_layouts)))
+        batch = tree_map_only(Tensor, mode.from_tensor, batch)
+        layout = None if base.config._attn_implementation == FLASH else _layout(batch)
+        tape.ignore(model, *([] if teacher is None else [teacher.model]))
+        stack.enter_context(tape.handing_on(model))
+        stack.enter_context(tape)
+        autocast = recipe.training.precision == "bf16" and stage is None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = model(
+                input_ids=batch["input_ids"],
+                layout=layout,
+                pieces=batch["pieces"],
+                right_window=canvases.seq_len if layout is not None and recipe.objective.anneal_steps else None,
+                terms=_terms(recipe, canvases, batch, teacher, layout is not None),
+                num_chunks=-(-micro_batch * recipe.data.seq_len // _ROWS_PER_GATHER),
+                router_weight=1.0,
+            )
+        tape.mark("backward")
+        loss.backward()
+        tape.mark("end")
+        tape.close(model)
+    model.zero_grad()
+    held = tape.timeline()
+    if layers is not None:
+        held = repeated(held, tape.marks, num_layers)
+    return Timeline(held, text_tokens * micro_batch, len(batch["rows"]) + len(batch["ar_rows"]))
+
+
+def _canvases(recipe: Recipe, vocab_size: int) -> Canvases:
+    ours = recipe.model
+    is_block = ours.attention == "block"
+    spec = DiffusionSpec(
+        attention="prefix" if recipe.objective.name == "ar" else ours.attention or "prefix",
+        mask_token_id=0,
+        shift_logits=bool(ours.shift_logits),
+        block_size=ours.block_size if is_block else None,
+        clean_context=(ours.clean_context or "causal") if is_block else None,
+        noise=recipe.noise.kind,
+        p_uniform=recipe.noise.p_uniform if recipe.noise.kind == "hybrid" else None,
+    )
+    data = recipe.data
+    options = (data.canvas_length, data.canvas_start, 0, recipe.training.seed, data.seq_len, vocab_size)
+    return Canvases(spec, recipe.noise, recipe.objective, *options)
+
+
+def _batch(recipe: Recipe, canvases: Canvases, micro_batch: int) -> tuple[dict[str, Any], int]:
+    """(a micro-batch of rows that one text fills, all of it target; tokens of that text).
+
+    That is the most that a row can hold. Of a few draws of the noise the one with most noised tokens.
+    """
+    fits = [
+        length
+        for length in range(recipe.data.seq_len, 0, -1)
+        if canvases.room_needed(np.array([0]), np.array([length])) <= recipe.data.seq_len
+    ]
+    if not fits:
+        raise ValueError(
+            f"data.seq_len={recipe.data.seq_len}: no text fits into a row with all its copies; raise it, or lower objective.views"
+        )
+    text = [1] * fits[0]
+    batches = [
+        collate(
+            [
+                pack([canvases.tokens([], text, Place(k, 0, k))])
+                for k in range(draw * micro_batch, (draw + 1) * micro_batch)
+            ],
+            length=recipe.data.seq_len,
+            with_teacher=bool(recipe.objective.distill_weight) and not canvases.is_ar,
+        )
+        for draw in range(_DRAWS)
+    ]
+    return max(batches, key=lambda batch: len(batch["rows"])), len(text)
+
+
+def _teacher(recipe: Recipe, model: Any, base: Any, mode: FakeTensorMode) -> Teacher | None:
+    if not recipe.objective.distill_weight or recipe.objective.name == "ar":
+        return None
+    if recipe.model.lora is not None:
+        return Teacher(base, model.disable_adapter)
+    with torch.device("meta"), no_init_weights():
+        kernel = base.config._attn_implementation
+        frozen: Any = AutoModelForCausalLM.from_config(
+            base.config, dtype=compute_dtype(recipe), attn_implementation=kernel
+        )
+        frozen.tie_weights()
+    if (layers := _equal_layers(frozen)[0]) is not None:
+        del layers[3:]
+    return Teacher(without_data(frozen.requires_grad_(False).eval(), mode))
+
+
+def _layout(batch: dict[str, Any]) -> Layout:
+    return Layout(batch["document_ids"], batch["view_ids"], batch["position_ids"], batch["context_lengths"])
+
+
+def _taught(teacher: Teacher, batch: dict[str, Any], has_layout: bool) -> Tensor:
+    if has_layout:
+        return teacher.hidden(batch)
+    with torch.no_grad(), teacher.without_adapters():
+        return hidden_states(teacher.model, batch["teacher_input_ids"], None).flatten(0, 1)[batch["teacher_rows"]]
+
+
+def _terms(
+    recipe: Recipe, canvases: Canvases, batch: dict[str, Any], teacher: Teacher | None, has_layout: bool
+) -> list[Term]:
+    """What `DiffusionTrainer` gives the head."""
+    ar = Term(
+        batch["ar_rows"], cross_entropy, (batch["ar_targets"],), torch.ones_like(batch["ar_rows"], dtype=torch.float32)
+    )
+    weights = batch["loss_weight"]
+    if teacher is not None:
+        kept = (batch["targets"], _taught(teacher, batch, has_layout), batch["is_taught"])
+        terms = [Term(batch["rows"], teacher.row_loss(recipe.objective.distill_weight), kept, weights)]
+    elif recipe.noise.kind != "absorbing" and not canvases.is_ar:
+
+        def random_noise_loss(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return hybrid_loss(
+                *tensors,
+                kind=recipe.noise.kind,
+                vocab_size=canvases.vocab_size,
+                mask_token_id=canvases.spec.mask_token_id,
+                p_uniform=recipe.noise.p_uniform,
+                weight=recipe.objective.weight,
+            )
+
+        terms = [Term(batch["rows"], random_noise_loss, (batch["targets"], batch["xt"], batch["t"]), weights)]
+    else:
+        rows, targets = torch.cat([batch["rows"], ar.rows]), torch.cat([batch["targets"], *ar.row_tensors])
+        return [Term(rows, cross_entropy, (targets,), torch.cat([weights, ar.weights]))]
+    return [*terms, ar] if canvases.has_ar_loss else terms
+
+
+def _with_masks(mode: FakeTensorMode, layouts: dict[int, Layout], geometry, _, windows, right_window) -> dict:
+    """`pieces.with_masks` of the real layout, into which it has to look; fake masks come out."""
+    with unset_fake_temporarily():
+        masks = with_masks(geometry, layouts[id(geometry)], windows, right_window)
+    return tree_map_only(Tensor, mode.from_tensor, masks)
+
+
+def _equal_layers(base: Any) -> tuple[torch.nn.ModuleList | None, int]:
+    """(the list of decoder layers if all have the same weights and there are more than three, their number)."""
+    number = base.config.num_hidden_layers
+    lists = [m for m in base.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
+    if not lists or number <= 3:
+        return None, number
+    shapes = [[(name, p.shape, p.dtype) for name, p in layer.named_parameters()] for layer in lists[0]]
+    return (lists[0], number) if all(shape == shapes[0] for shape in shapes) else (None, number)
+
+
+@contextmanager
+def _scattered(head: torch.nn.Module):
+    """Inside, the head's weights look like ZeRO-3's to our loss, which then runs the head again in the backward pass."""
+    for weight in (weights := list(head.parameters())):
+        weight.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for weight in weights:
+            delattr(weight, "ds_id")
+
+
+@contextmanager
+def _only_three(layers: torch.nn.ModuleList):
+    rest = list(layers[3:])
+    del layers[3:]
+    try:
+        yield
+    finally:
+        layers.extend(rest)

@@ -1,0 +1,212 @@
+"""`adapt plan`: what the shapes of a step say, held against the architecture and against arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from adapt import cli, footprint, plan
+from adapt.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
+from adapt.zero_memory import Weights, Zero, peak, zero_of
+
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+
+
+def recipe(*, objective: dict | None = None, training: dict | None = None, **model) -> Recipe:
+    of_run = {
+        "output_dir": "runs/x",
+        "num_steps": 10,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        **(training or {}),
+    }
+    model = {"base": "owner/name", "attention": "bidirectional", **model}
+    return Recipe(
+        ModelConfig(**model),
+        DataConfig(train="x.jsonl", seq_len=64),
+        TrainingConfig(**of_run),
+        objective=ObjectiveConfig(**(objective or {})),
+    )
+
+
+def traced(made: Recipe, device: str = "cpu", **sizes) -> np.ndarray:
+    planner = plan.Planner(made, CONFIG, gpus=1, device=device)
+    return planner.timeline(None, sizes.get("micro_batch", 4)).held
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"lora": LoraConfig(r=4)}], ids=str)
+def test_three_layers_repeated_are_the_whole_model(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = traced(recipe(**settings))
+    monkeypatch.setattr(footprint, "_equal_layers", lambda base: (None, 6))
+    whole = traced(recipe(**settings))
+    assert len(short) < len(whole)
+    for kinds in ((0, 1, 2), (0, 1, 3)):
+        np.testing.assert_allclose(short[:, kinds].sum(1).max(), whole[:, kinds].sum(1).max(), rtol=1e-6)
+    np.testing.assert_allclose(short[-1], whole[-1], atol=4096)
+
+
+def test_all_gradients_are_there_at_the_end_and_activations_are_gone() -> None:
+    held = traced(recipe(training={"precision": "fp32"}))
+    planner = plan.Planner(recipe(), CONFIG, gpus=1)
+    assert held[-1, 2] == planner.weights(False).trained_bytes
+    assert held[-1, :2].sum() < 16_384  # the loss, and the nats of its rows
+    assert held[:, :2].max(0).min() > 0
+
+
+def test_checkpointing_frees_activations_and_logits_never_stand_whole() -> None:
+    kept, recomputed = (traced(recipe(gradient_checkpointing=on)) for on in (False, True))
+    assert recomputed[:, 0].max() < 0.7 * kept[:, 0].max()
+    many = traced(recipe(objective={"name": "ar"}), micro_batch=4)
+    positions = 4 * 64
+    assert many[:, 1].max() < 3 * positions * CONFIG.vocab_size * 4
+
+
+def test_block_diffusion_costs_what_its_two_copies_do() -> None:
+    # The same clean text in a row: alone, and beside its noisy copy.
+    alone = plan.Planner(recipe(), CONFIG, gpus=1).timeline(2, 4)
+    doubled = plan.Planner(
+        recipe(attention="block", block_size=8, objective={"ar_weight": 1.0}), CONFIG, gpus=1
+    ).timeline(2, 8)
+    assert doubled.text_tokens == alone.text_tokens
+    assert doubled.held[:, 0].max() > 1.7 * alone.held[:, 0].max()
+
+
+def test_a_teacher_costs_a_copy_unless_the_weights_are_shared() -> None:
+    taught = {"attention": "prefix", "objective": {"distill_weight": 0.5}}
+    alone = plan.own_peak(recipe(attention="prefix"), CONFIG, 1).parameters
+    copy = plan.own_peak(recipe(**taught), CONFIG, 1).parameters
+    parameters = plan.Planner(recipe(), CONFIG, gpus=1).weights(False).count
+    assert copy == alone + 2 * parameters
+    shared = plan.own_peak(recipe(**taught, lora=LoraConfig(r=4)), CONFIG, 1).parameters
+    assert shared == plan.own_peak(recipe(attention="prefix", lora=LoraConfig(r=4)), CONFIG, 1).parameters
+
+
+def test_nf4_takes_4_and_an_eighth_bits_a_weight_and_8_bit_adam_2_bytes() -> None:
+    lora = {"lora": LoraConfig(r=4)}
+    plain, nf4 = (
+        plan.Planner(recipe(**lora, **more), CONFIG, gpus=1).weights(False) for more in ({}, {"quantization": "nf4"})
+    )
+    per_layer = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 128
+    saved = 6 * per_layer * (4 - 4.127 / 8)
+    assert plain.bytes - nf4.bytes == pytest.approx(saved, rel=0.01)
+    assert nf4.count == plain.count
+    full, in_8_bit = (
+        plan.Planner(recipe(training={"optimizer": name}), CONFIG, gpus=1).weights(False)
+        for name in ("adamw_torch_fused", "adamw_8bit")
+    )
+    assert full.optimizer_bytes == 8 * full.trained
+    small = 6 * 2 * 32 * 64 + 13 * 64  # keys, values and norms: tensors of less than 4,096 stay in 32 bits
+    assert in_8_bit.optimizer_bytes == 8 * small + (2 + 8 / 256) * (full.trained - small)
+
+
+# ZeRO, arXiv:1910.02054, figure 1: K = 12 for Adam with float32 master weights; 7.5B parameters on 64 ranks.
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_the_stages_are_those_of_the_paper(stage: int, gigabytes: float) -> None:
+    psi = 7.5e9
+    weights = Weights(int(psi), int(psi), int(2 * psi), int(2 * psi), 8 * psi, 0, 1, 1)
+    nothing = np.zeros((1, 4))
+    found = peak(Zero(stage, bucket=0, live=0), weights, nothing, 64, accumulates=False)
+    states = found.parameters + found.gradients + found.optimizer
+    assert states / 1e9 == pytest.approx(gigabytes, abs=0.06)
+
+
+def test_offload_moves_states_out_of_the_gpu() -> None:
+    on_gpu, offloaded, on_disk = (
+        plan.own_peak(recipe(training={"deepspeed": name}), CONFIG, 1)
+        for name in ("zero3", "zero3_offload", "zero3_nvme")
+    )
+    assert on_gpu.host == on_gpu.disk == 0 < on_gpu.optimizer
+    assert offloaded.optimizer == offloaded.parameters == 0 < offloaded.host
+    assert on_disk.disk == offloaded.host
+
+
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
+    made = recipe(training={"global_batch_size": 32, "micro_batch_size": 1})
+    planner = plan.Planner(made, CONFIG, gpus=1)
+    zero = zero_of(made)
+    room = planner.peak(zero, 8).total
+    assert planner.largest_micro_batch(zero, room) == 8
+    assert planner.largest_micro_batch(zero, room - 1) == 4
+    assert planner.largest_micro_batch(zero, 1) == 0
+
+
+def write(folder: Path) -> Path:
+    CONFIG.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(
+        "model: {base: owner/name, attention: block, block_size: 8}\ndata: {train: x.jsonl, seq_len: 64}\n"
+        "training: {output_dir: runs/x, num_steps: 10, global_batch_size: 8, micro_batch_size: 4, deepspeed: zero2}\n"
+    )
+    return folder
+
+
+def test_the_command_prints_every_stage_tokens_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path)
+    argv = ["plan", "--config", f"{folder}/recipe.yaml", "--model_config", f"{folder}/config.json", "--gpus", "2"]
+    argv += ["--gpu_memory", "1", "--tokens_per_s", "1000", "--train_tokens", "7200000"]
+    assert cli.main([*argv, "--training.micro_batch_size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{mark} ZeRO-{stage} " in out for mark, stage in ((" ", 0), (" ", 1), ("*", 2), (" ", 3)))
+    # 8 rows of 32 clean and 32 noisy tokens; 256 clean tokens at 2 x 1,000 a second; 7.2M are an hour.
+    assert "2 micro-batches on each rank, 512 positions, 256 clean tokens" in out
+    assert "0.13 s a step; 1.0 hours" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gpus", "3"], "training.global_batch_size=8: must be a multiple"),
+        (["--gpus", "0"], "gpus=0: must be at least 1"),
+        (["--device", "tpu"], "device=tpu: choose one of cpu, cuda"),
+        (["--reserve", "1"], "reserve=1.0: must be at least 0 and below 1"),
+        (["--gpu_memory", "-1"], "gpu_memory=-1.0: must be above 0"),
+        (["--train_tokens", "1e9"], "needs --tokens_per_s or --benchmark"),
+        (["--model_config", "nowhere.json"], "model_config=nowhere.json: no such file"),
+        (["--training.optimizer", "adafactor"], "training.optimizer=adafactor: its memory is not known here"),
+        (["--benchmark", "recipe.yaml"], "not written by benchmarks/train.py"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(
+    argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path))
+    assert cli.main(["plan", "--config", "recipe.yaml", "--model_config", "config.json", *argv]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_benchmark_gives_the_rate_of_its_arm_or_is_refused(tmp_path: Path) -> None:
+    made = recipe(attention="block", block_size=8)
+    weights = plan.Planner(made, CONFIG, gpus=1).weights(False)
+    result = {
+        "sizes": {"parameters": weights.count},
+        "workload": {"batch": 4, "longest": 512},
+        "summary": {"block8": {"clean_tokens_per_s": {"median": 123.0}}},
+    }
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps({"provenance": {"gpu": None, "cpu": "Xeon"}, "results": [result]}))
+    assert plan.benchmark_rate(file, made, weights) == (123.0, "block8, 4 x 512, Xeon")
+    with pytest.raises(ValueError, match="has no arm bidirectional"):
+        plan.benchmark_rate(file, recipe(), weights)
+
+
+def test_planning_takes_no_memory_for_weights() -> None:
+    config = AutoConfig.from_pretrained(
+        Path(__file__).resolve().parents[1] / "recipes" / "qwen3-30b-a3b" / "config.json"
+    )
+    model = plan.Planner(recipe(), config, gpus=1)._model(True)
+    assert sum(p.numel() for p in model.parameters()) > 30e9  # 122 GB if it were real
+    assert all(p.fake_device.type == "cpu" and type(p.data).__name__ == "FakeTensor" for p in model.parameters())
