@@ -19,7 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .shards import Shard
 
-_HELD = 64 << 20  # bytes of weights that may be in memory before they are given back
+_HELD = 32 << 20  # bytes of weights that may be in memory before they are given back
+_ROWS = 16
 _DTYPES = {
     "BF16": torch.bfloat16,
     "BOOL": torch.bool,
@@ -68,7 +69,7 @@ def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
 
 
 def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None:
-    """Hooks on the modules that own weights; a linear layer larger than `_HELD` is computed piece by piece."""
+    """Hooks on the modules that own weights; what is larger than `_HELD` is computed piece by piece."""
     held = 0
 
     def give_back() -> None:
@@ -93,8 +94,19 @@ def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None
             give_back()
         return torch.cat(pieces, dim=-1)
 
+    def row_by_row(embedding: nn.Embedding, input: Tensor) -> Tensor:
+        # A row that is touched brings up to 2 MB around it, so a thousand of them bring the whole table.
+        plain, pieces = type(embedding).forward, []
+        for ids in input.reshape(-1).split(_ROWS):
+            pieces.append(plain(embedding, ids))
+            give_back()
+        return torch.cat(pieces).view(*input.shape, -1)
+
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.nbytes > _HELD:
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) and weight.nbytes > _HELD:
+            module.forward = partial(row_by_row, module)
+        elif type(module) is nn.Linear and weight.nbytes > _HELD:
             module.forward = partial(in_pieces, module)
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_hook(used)

@@ -66,9 +66,9 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
 
 def _distinct_tokens(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
     """`length` tokens and another for each, no two with one embedding (rows never trained are often alike)."""
-    embedding: Any = model.get_input_embeddings().weight
-    candidates = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(0))[: 64 * length]
-    _, kinds = torch.unique(embedding[candidates.to(embedding.device)], dim=0, return_inverse=True)
+    embedding: Any = model.get_input_embeddings()  # asked as a module: its weights may be in a file (`mapped.py`)
+    candidates = torch.randperm(len(embedding.weight), generator=torch.Generator().manual_seed(0))[: 64 * length]
+    _, kinds = torch.unique(embedding(candidates.to(embedding.weight.device)), dim=0, return_inverse=True)
     num_kinds = int(kinds.max()) + 1
     if num_kinds < 2 * length:
         raise ValueError(
@@ -149,8 +149,13 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 
 def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
-    logits = model(input_ids=tokens[None], use_cache=False).logits.float()
-    hidden = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state
+    seen: list[Any] = []  # of the same forward: a second one would read all weights again
+    hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
+    try:
+        logits = model(input_ids=tokens[None], use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    hidden = seen[0].last_hidden_state
     ours = output_head(model)(hidden).float()
     if (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
         raise ValueError(

@@ -14,6 +14,7 @@ import math
 import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .shards import INDEX, SINGLE, Shard
 
-_CHUNK = 16 << 20  # bytes
+_CHUNK = 4 << 20  # bytes
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _STORED.items()}
@@ -98,7 +99,8 @@ def copy(
             with shard.path.open("rb") as read, (out / name).open("wb") as write:
                 _copy_bytes(read, write, 0, shard.path.stat().st_size)
         else:
-            _write_shard(shard, out / name, plan, rewrite)
+            with _one_thread():
+                _write_shard(shard, out / name, plan, rewrite)
         total_size += max(tensor["data_offsets"][1] for tensor in plan.values())
         total_parameters += sum(math.prod(tensor["shape"]) for tensor in plan.values())
         yield out / name
@@ -112,6 +114,17 @@ def copy(
         index["metadata"] = {**about, "total_size": total_size}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         yield out / INDEX
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are too small to share: on a busy machine the threads waited for each other three times as long as they worked."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _planned(
@@ -163,14 +176,16 @@ def _rewrite_tensor(
     at_once = max(1, _CHUNK // max(row_bytes, 1))
     begin = write.tell()
     total = torch.zeros(width, dtype=torch.float64)
+    # Made once: the kernel clears every page of a new buffer, which took longer than what is done with it.
+    buffer = torch.empty(min(at_once, num_old), width, dtype=from_dtype)
+    in_float32 = torch.empty(buffer.shape)
     for first in range(0, num_old, at_once):
-        piece = bytearray(min(at_once, num_old - first) * row_bytes)
-        if read.readinto(piece) != len(piece):
+        chunk = buffer[: num_old - first]
+        if not _read_all(read, _bytes_of(chunk)):
             raise ValueError(f"base={read.name}: became shorter while it was read; is something writing to it?")
-        chunk = torch.frombuffer(piece, dtype=from_dtype).view(-1, width) if piece else torch.empty(0, width)
         if rows is not None:
-            total += chunk.float().sum(0)
-        _write_tensor(write, _cast(chunk, to_dtype, name))
+            total += in_float32[: len(chunk)].copy_(chunk).sum(0)
+        _write_all(write, _bytes_of(_cast(chunk, to_dtype, name)))
     if rows is None:
         return
     mean = total / num_old
@@ -181,10 +196,10 @@ def _rewrite_tensor(
         key = int.from_bytes(hashlib.sha256(f"{rows.seed}/{name}".encode()).digest()[:7], "little")
         noisy = mean + rows.std * torch.randn(width, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
     for first in range(num_old, rows.num_rows, at_once):
-        _write_tensor(write, _cast(mean.expand(min(at_once, rows.num_rows - first), width), to_dtype, name))
+        _write_all(write, _bytes_of(_cast(mean.expand(min(at_once, rows.num_rows - first), width), to_dtype, name)))
     end = write.tell()
     write.seek(begin + rows.mask_row * width * to_dtype.itemsize)
-    _write_tensor(write, _cast(noisy, to_dtype, name))
+    _write_all(write, _bytes_of(_cast(noisy, to_dtype, name)))
     write.seek(end)
 
 
@@ -195,9 +210,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def _write_tensor(write: io.FileIO, tensor: Tensor) -> None:
+def _bytes_of(tensor: Tensor) -> memoryview:
     array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    _write_all(write, memoryview(array))
+    return memoryview(array)
+
+
+def _read_all(read: io.FileIO, into: memoryview) -> bool:
+    while len(into):
+        step = read.readinto(into)
+        if not step:
+            return False
+        into = into[step:]
+    return True
 
 
 def _write_all(write: io.RawIOBase | io.BufferedIOBase, data: memoryview) -> None:
