@@ -165,7 +165,9 @@ def _generation_config(source: Path, config: PretrainedConfig, base: str | Path)
     """generation_config.json as it is, or what transformers would make of the config where there is none."""
     if (source / "generation_config.json").is_file():
         return read_json(source / "generation_config.json", f"base={base}")
-    return json.loads(GenerationConfig.from_model_config(config).to_json_string())
+    made = json.loads(GenerationConfig.from_model_config(config).to_json_string())
+    made.pop("_from_model_config", None)  # transformers would drop keys that are not its own
+    return made
 
 
 def _ids(value: object) -> set[int]:

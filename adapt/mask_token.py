@@ -87,8 +87,9 @@ def text_ids(tokenizer: Any, text: str, *, blank: str | None = None, **options: 
     token = tokenizer.mask_token
     if token is None or (blank is None and token not in text):
         return tokenizer(text, **options)["input_ids"]
-    if blank is None and not tokenizer.is_fast:
-        return tokenizer(text, split_special_tokens=True, **options)["input_ids"]
+    if not tokenizer.is_fast:  # slow ones cannot be told of one token alone
+        plain = {"split_special_tokens": True} if blank is None else {}
+        return tokenizer(text if blank is None else text.replace(blank, token), **plain, **options)["input_ids"]
     renamed, marker_id = _with_another_name(tokenizer, blank)
     ids = renamed(text, **options)["input_ids"]
     if blank is None:
