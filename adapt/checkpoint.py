@@ -146,17 +146,15 @@ def _weights(folder: str | Path, dtype: torch.dtype | str | None, kernel: str | 
             f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention"
         ) from error
     model, loading = loaded
-    check_loaded(loading, folder)
+    check_loaded(loading, f"checkpoint={folder}")
     return model
 
 
-def check_loaded(loading: dict[str, Any], folder: str | Path) -> None:
+def check_loaded(loading: dict[str, Any], what: str) -> None:
     """Raises ValueError for a tensor that was not found: transformers only warns of it, and leaves it random."""
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if missing:
-        raise ValueError(
-            f"checkpoint={folder}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model"
-        )
+        raise ValueError(f"{what}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model")
 
 
 def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:

@@ -227,7 +227,7 @@ def _verify(
     config = sources.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype} | ({} if kernel is None else {"attn_implementation": kernel})
     with mapped_model(model_class, config, shards, **options) as (model, loading):
-        check_loaded(loading, folder)
+        check_loaded(loading, f"base={spec.base_model}")
         probe(model.eval(), spec.attention, spec.clean_context)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import build_tokenizer, save_base
+from tiny_models import VOCABULARY, build_tokenizer, save_base
+from transformers import AutoConfig
 
 from adapt.cli import main as cli
+from adapt.conversion import convert
 
 INDEX = "model.safetensors.index.json"
 
@@ -232,7 +237,7 @@ CASES: dict[str, tuple] = {
     # the index
     "missing shard": ("llama", removed("model-00002-of-00004.safetensors"), "names model-00002-of-00004.safetensors, which"),
     "index points at nothing": ("llama", mapped_to("model-9.safetensors"), "names model-9.safetensors, which is missing"),
-    "index points to another shard": ("llama", mapped_to("model-00004-of-00004.safetensors"), "where it is not"),
+    "index points to another shard": ("llama", mapped_to("model-00002-of-00004.safetensors"), "where it is not"),
     "index climbs out": ("llama", mapped_to("../model.safetensors"), "is not the name of a safetensors file of this folder"),
     "index climbs far out": ("llama", mapped_to("../" * 9 + "etc/passwd.safetensors"), "is not the name of a safetensors"),
     "index is absolute": ("llama", mapped_to("/etc/passwd.safetensors"), "is not the name of a safetensors file"),
@@ -333,9 +338,121 @@ def test_a_broken_folder_is_refused_in_one_line_and_nothing_is_written(bases, tm
     assert not Path("/tmp/adapt-was-unpickled").exists()
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if len(CASES[n]) == 3 and any(w in n for w in ("absurd", "illion", "exabytes"))]
+)
+def test_no_memory_is_taken_for_absurd_sizes(bases, tmp_path, capsys, name):
+    kind, damage, *_ = CASES[name]
+    base = shutil.copytree(bases[kind], tmp_path / "base")
+    damage(base)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert cli(["convert", str(base), str(tmp_path / "out")]) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10  # KiB
+
+
 def test_there_are_eighty_cases_and_more():
     assert len(CASES) >= 80
 
 
 def _everything(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+# -- fuzzing ----------------------------------------------------------------------------------------------------------
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**66), 2**66) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+_SMALL = st.integers(-3, 70)
+_FUZZ = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
+
+
+def _said(base: Path, out: Path) -> str | None:
+    """What convert complains of, or None; any other exception than ValueError is our mistake."""
+    try:
+        convert(base, out, mask_token="<|mask|>")
+    except ValueError as error:
+        return str(error).strip()
+    return None
+
+
+@pytest.fixture(scope="module")
+def fuzzed(bases, tmp_path_factory) -> Callable[[str, str, dict], None]:
+    """fuzzed("qwen3", "config.json", content): a good conversion or one line, and nothing in OUT; content replaces the file."""
+    root = tmp_path_factory.mktemp("fuzzed")
+
+    def attempt(kind: str, file: str, content: object) -> None:
+        base, out = root / "base", root / "out"
+        for folder in (base, out):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(bases[kind], base)
+        (base / file).write_text(json.dumps(content))
+        said = _said(base, out)
+        left = sorted(path.name for path in root.iterdir())
+        if said is not None:
+            assert "\n" not in said
+            assert any(name in said for name in (str(base), "base=", "attention=")), said
+            assert left == ["base"]
+        else:
+            assert left == ["base", "out"]
+            assert AutoConfig.from_pretrained(out).diffusion["mask_token_id"] == VOCABULARY
+
+    return attempt
+
+
+@_FUZZ
+@given(st.data())
+def test_fuzzed_configs_make_a_checkpoint_or_one_line(fuzzed, bases, data) -> None:
+    content = json.loads((bases["qwen3"] / "config.json").read_text())
+    for key in data.draw(st.lists(st.sampled_from(sorted(content)), min_size=1, max_size=3, unique=True)):
+        if data.draw(st.integers(0, 9)) == 0:
+            del content[key]
+        else:
+            content[key] = data.draw(
+                st.one_of(_SMALL, _JSON, st.sampled_from([content[other] for other in sorted(content)]))
+            )
+    fuzzed("qwen3", "config.json", content)
+
+
+@_FUZZ
+@given(st.data())
+def test_fuzzed_indexes_make_a_checkpoint_or_one_line(fuzzed, bases, data) -> None:
+    content = json.loads((bases["llama"] / INDEX).read_text())
+    weight_map = content["weight_map"]
+    files = st.sampled_from([*sorted(set(weight_map.values())), "../x.safetensors", "a/b.safetensors", "/x", ".", ""])
+    for _ in range(data.draw(st.integers(1, 3))):
+        if data.draw(st.booleans()):
+            weight_map[data.draw(st.sampled_from(sorted(weight_map)) | st.text(max_size=5))] = data.draw(files | _JSON)
+        elif data.draw(st.booleans()):
+            content[data.draw(st.sampled_from(["metadata", "weight_map", "x"]))] = data.draw(_JSON)
+            if not isinstance(content["weight_map"], dict) or not content["weight_map"]:
+                break
+            weight_map = content["weight_map"]
+        else:
+            weight_map.pop(data.draw(st.sampled_from(sorted(weight_map))))
+            if not weight_map:
+                break
+    fuzzed("llama", INDEX, content)
+
+
+@settings(_FUZZ, max_examples=15)
+@given(st.data())
+def test_fuzzed_headers_make_a_checkpoint_or_one_line(fuzzed, bases, data) -> None:
+    """A bit of the header or of the data flips: the first is seen, the second is weights like any other, or NaN."""
+    whole = bytearray((bases["qwen3"] / "model.safetensors").read_bytes())
+    (length,) = struct.unpack("<Q", whole[:8])
+    at = data.draw(st.integers(0, 7 + length) | st.integers(8 + length, len(whole) - 1))
+    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    folder = bases["qwen3"].parent / "flipped"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(bases["qwen3"], folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    out = folder.parent / "out of flipped"
+    said = _said(folder, out)
+    assert out.exists() == (said is None)
+    shutil.rmtree(out, ignore_errors=True)
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
