@@ -138,19 +138,23 @@ def load(
 def _weights(folder: str | Path, dtype: torch.dtype | str | None, kernel: str | None) -> PreTrainedModel:
     options = {name: value for name, value in (("dtype", dtype), ("attn_implementation", kernel)) if value is not None}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, **options
+        )
     except ImportError as error:  # a kernel of a package that is not installed
         raise ValueError(
             f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention"
         ) from error
     model, loading = loaded
-    # transformers only warns of a tensor that it did not find, and leaves it random.
+    check_loaded(loading, f"checkpoint={folder}")
+    return model
+
+
+def check_loaded(loading: dict[str, Any], what: str) -> None:
+    """Raises ValueError for a tensor that was not found: transformers only warns of it, and leaves it random."""
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if missing:
-        raise ValueError(
-            f"checkpoint={folder}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model"
-        )
-    return model
+        raise ValueError(f"{what}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model")
 
 
 def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:

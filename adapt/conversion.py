@@ -12,34 +12,33 @@ anew. The result is probed with its weights loaded, and appears under OUT only w
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import re
-import shutil
+import signal
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from . import source as sources
 from . import weights
 from .arguments import CommandParser
 from .attention import layer_windows
-from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DiffusionSpec, check_model_folder, load
+from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DiffusionSpec, check_loaded, check_model_folder
+from .mapped import mapped_model
+from .mask_token import add_mask_token, check_whole
+from .probe import probe
+from .shards import Shard, read_json, read_shards
+from .staging import Flusher, check_space, publish, scratch_beside
 
-DEFAULT_MASK_TOKEN = "<|mask|>"
-RESERVED = re.compile(
-    r"^(<\|?reserved_special_token_\d+\|?>|<\|?(unused|extra)_?\d+\|?>|\[unused\d+\]|<\|?reserved_?\d+\|?>)$"
-)
-# Without any of them transformers makes an empty tokenizer, and says nothing.
-_VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
-_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_MOST_PADDING = 1 << 16
 
 
 def convert(
@@ -53,7 +52,12 @@ def convert(
     p_uniform: float | None = None,
     mask_token: str | None = None,
     shift_logits: bool = False,
+    mask_init_std: float = 0.0,
+    seed: int = 0,
+    pad_to_multiple_of: int | None = None,
+    dtype: str | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
     verify: bool = True,
 ) -> Path:
     """Writes a diffusion checkpoint of `base` (Hub id, folder or .gguf file) to the new folder `out`; returns its path.
@@ -61,7 +65,9 @@ def convert(
     mask_token: default is the tokenizer's own, else a reserved unused special token, else a new `<|mask|>` whose
     embedding row is the mean of all rows. shift_logits: train and decode with hidden state i predicting token i+1.
     block_size and clean_context ("causal", the default, or "block") belong to block attention; noise is what it will be trained
-    with ("absorbing", "uniform", or "hybrid" with its p_uniform).
+    with ("absorbing", "uniform", or "hybrid" with its p_uniform). mask_init_std: of Gaussian noise around that mean, drawn from
+    seed. pad_to_multiple_of: rows of the embedding. dtype: default is what the weights are stored in. verify: probe all
+    layers on the written weights, which stay in their files (memory: `mapped.py`).
     Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
     """
     out = Path(out)
@@ -88,62 +94,62 @@ def convert(
         p_uniform=p_uniform,
         base_model=str(base),
     )
+    if dtype is not None and dtype not in weights.DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(weights.DTYPES))}")
+    if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of <= _MOST_PADDING:
+        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: must be from 1 to {_MOST_PADDING}; try 64")
+    if not 0 <= mask_init_std <= 1:
+        raise ValueError(f"mask_init_std={mask_init_std}: must be from 0 to 1; try 0.02")
     if not str(base).endswith(".gguf"):
         check_model_folder(base, "base")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _no_traceback_when_full(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        source, revision = _fetch(base, Path(scratch))
-        config = AutoConfig.from_pretrained(source)
+    with scratch_beside(out) as scratch:
+        source, revision = sources.fetch(base, scratch, trust_remote_code=trust_remote_code)
+        # 1. Everything that can be refused before weights are copied.
+        config = sources.read_config(source, base, trust_remote_code=trust_remote_code)
         _check_base(config, base)
-        if not any(file for pattern in _VOCABULARIES for file in source.glob(pattern)):
+        shards = read_shards(source)
+        skeleton = sources.skeleton(config, base, shards, trust_remote_code=trust_remote_code)
+        stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
+        embeddings = weights.embedding_names(skeleton, stored)
+        num_rows = stored[embeddings[0]]["shape"][0]
+        if any(stored[name]["shape"][0] != num_rows for name in embeddings):
             raise ValueError(
-                f"base={base}: no tokenizer in it; put the model's tokenizer.json (or tokenizer.model) beside it"
+                f"base={base}: {' and '.join(embeddings)} have different numbers of rows; download it again"
             )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        mask_token_id, num_rows = _add_mask_token(tokenizer, weights.num_embeddings(source, config), mask_token)
+        tokenizer = sources.read_tokenizer(source, base, num_rows, trust_remote_code=trust_remote_code)
+        generation = _generation_config(source, config, base)
+        ends = _ids(generation.get("eos_token_id")) | _ids(generation.get("pad_token_id")) | _ids(config.eos_token_id)
+        mask_token_id, num_rows = add_mask_token(tokenizer, num_rows, mask_token, frozenset(ends))
+        num_rows += -num_rows % (pad_to_multiple_of or 1)
         spec = dataclasses.replace(spec, mask_token_id=mask_token_id, base_revision=revision)
-        staged = Path(scratch) / "checkpoint"
-        _write(source, staged, config, tokenizer, spec, num_rows)
-        if verify:
-            load(staged, device="cpu", attn_implementation=attn_implementation)
-        staged.rename(out)
+        kept = weights.stored_dtype(shards) if dtype is None else weights.DTYPES[dtype]
+        check_space(out, sum(shard.path.stat().st_size for shard in shards.values()))
+        # 2. The folder, under another name. What is written goes to disk while the next file is copied, and while it is probed.
+        staged = scratch / "checkpoint"
+        staged.mkdir()
+        rows = weights.NewRows(num_rows, mask_token_id, mask_init_std, seed)
+        flusher = Flusher()
+        try:
+            for path in weights.copy(
+                shards,
+                staged,
+                dict.fromkeys(embeddings, rows),
+                dtype=None if dtype is None else kept,
+                keep_dtype=_kept_in_float32(skeleton, stored, kept),
+            ):
+                flusher.add(path)
+            _write_about(staged, source, config, tokenizer, generation, spec, num_rows, kept, trust_remote_code)
+            # 3. The proof, on what was written.
+            if verify:
+                _verify(staged, type(skeleton), spec, kept, attn_implementation, trust_remote_code)
+            flusher.wait()
+        finally:
+            flusher.close()
+        publish(staged, out)
     return out
 
 
-@contextmanager
-def _no_traceback_when_full(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the tokenizer's Rust raises a bare Exception for the same thing
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        raise ValueError(
-            f"out={out}: the disk is full, nothing was left on it; free some space or write elsewhere"
-        ) from error
-
-
-def _fetch(base: str | Path, scratch: Path) -> tuple[Path, str | None]:
-    """(local folder with config, safetensors and tokenizer; the Hub revision if it came from there)."""
-    if str(base).endswith(".gguf"):
-        from .gguf_source import gguf_to_folder
-
-        return gguf_to_folder(base, scratch / "dequantized", dtype=torch.float32), None
-    if Path(base).is_dir():
-        return Path(base), None
-    try:
-        snapshot = Path(
-            snapshot_download(str(base), allow_patterns=list(_KEEP), ignore_patterns=["*/*", "consolidated*"])
-        )
-    except Exception as error:  # huggingface_hub raises a dozen unrelated types; each means: no such model to be had
-        raise ValueError(
-            f"base={base}: neither a folder nor a model that the Hub gives us ({type(error).__name__})"
-        ) from error
-    return snapshot, snapshot.name
-
-
 def _check_base(config: PretrainedConfig, base: str | Path) -> None:
-    if getattr(config, "diffusion", None) is not None:
-        raise ValueError(f"base={base}: is a diffusion checkpoint already; train it with `model.base: {base}`")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted"
@@ -155,58 +161,74 @@ def _check_base(config: PretrainedConfig, base: str | Path) -> None:
     layer_windows(config)
 
 
-def _add_mask_token(tokenizer: Any, num_rows: int, wanted: str | None) -> tuple[int, int]:
-    """(id of the mask token, rows that the embedding needs), having put the token into the tokenizer."""
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    reserved = sorted((token for token in added if RESERVED.match(token)), key=vocabulary.__getitem__)
-    mask_token = wanted if wanted is not None else tokenizer.mask_token or [DEFAULT_MASK_TOKEN, *reserved][-1]
-    is_ordinary = mask_token in vocabulary and mask_token not in added
-    if is_ordinary or not re.search(r"[^\w\s.,;:!?'\"()-]", mask_token):
-        raise ValueError(f"mask_token={mask_token}: occurs in plain text; choose an unused special token, or a new one")
-    if mask_token in str(tokenizer.chat_template):
-        raise ValueError(
-            f"mask_token={mask_token}: the chat template writes it; choose an unused special token, or a new one"
-        )
-    tokenizer.add_special_tokens({"mask_token": mask_token})
-    mask_token_id = tokenizer.mask_token_id
-    if tokenizer.encode(mask_token, add_special_tokens=False) != [mask_token_id]:
-        raise ValueError(
-            f"mask_token={mask_token}: the tokenizer splits or changes it; choose another string, like "
-            f"{DEFAULT_MASK_TOKEN}"
-        )
-    if mask_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        raise ValueError(
-            f"mask_token={mask_token}: is the tokenizer's end, start or padding token; choose an unused one"
-        )
-    return mask_token_id, max(num_rows, mask_token_id + 1)
+def _generation_config(source: Path, config: PretrainedConfig, base: str | Path) -> dict[str, Any]:
+    """generation_config.json as it is, or what transformers would make of the config where there is none."""
+    if (source / "generation_config.json").is_file():
+        return read_json(source / "generation_config.json", f"base={base}")
+    made = json.loads(GenerationConfig.from_model_config(config).to_json_string())
+    made.pop("_from_model_config", None)  # transformers would drop keys that are not its own
+    return made
 
 
-def _write(
-    source: Path,
+def _ids(value: object) -> set[int]:
+    return {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+
+
+def _kept_in_float32(model: PreTrainedModel, stored: dict[str, dict], dtype: torch.dtype) -> set[str]:
+    """Tensors that transformers computes in float32 whatever the dtype of the rest, such as a router's bias."""
+    parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        parts |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {name for name in stored if parts & set(name.split("."))}
+
+
+def _write_about(
     out: Path,
+    source: Path,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    generation: dict[str, Any],
     spec: DiffusionSpec,
     num_rows: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> None:
-    out.mkdir()
-    embeddings = weights.embedding_names(source, config)
-
-    def with_mask_row(rows: Tensor) -> Tensor:
-        """Embedding or head rows [V, ...] grown to num_rows, the mask token's (and any new) row at the mean of all."""
-        mean = rows.float().mean(0).to(rows.dtype)
-        grown = torch.cat([rows, mean.expand(num_rows - len(rows), *rows.shape[1:])])
-        grown[spec.mask_token_id] = mean
-        return grown
-
-    weights.copy(source, out, {name: with_mask_row for name in embeddings})
-    config.vocab_size = num_rows
+    """Config, generation config, tokenizer, licence."""
+    config.vocab_size, config.dtype = num_rows, dtype
+    if hasattr(config, "mask_token_id"):
+        config.mask_token_id = spec.mask_token_id
     spec.write_to(config)
+    if not trust_remote_code and hasattr(config, "auto_map"):
+        delattr(config, "auto_map")  # its files are not copied
     config.save_pretrained(out)
+    (out / "generation_config.json").write_text(
+        json.dumps({**generation, "mask_token_id": spec.mask_token_id}, indent=2) + "\n"
+    )
     tokenizer.save_pretrained(out)
-    for extra in ("generation_config.json", "LICENSE", "LICENSE.txt"):
-        if (source / extra).is_file():
-            shutil.copyfile(source / extra, out / extra)
+    sources.copy_extras(source, out, trust_remote_code=trust_remote_code)
+
+
+def _verify(
+    folder: Path,
+    model_class: type[PreTrainedModel],
+    spec: DiffusionSpec,
+    dtype: torch.dtype,
+    kernel: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Raises ValueError unless what was written attends as promised, and its tokenizer still knows the mask token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.mask_token_id != spec.mask_token_id:
+        raise ValueError(
+            f"mask_token={tokenizer.mask_token}: the tokenizer does not keep it when it is saved; choose another"
+        )
+    check_whole(tokenizer)
+    shards: dict[str, Shard] = read_shards(folder)
+    config = sources.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype} | ({} if kernel is None else {"attn_implementation": kernel})
+    with mapped_model(model_class, config, shards, **options) as (model, loading):
+        check_loaded(loading, f"base={spec.base_model}")
+        probe(model.eval(), spec.attention, spec.clean_context)
 
 
 def main(argv: list[str]) -> None:
@@ -226,10 +248,35 @@ def main(argv: list[str]) -> None:
         "--mask_token", type=str | None, default=None, help="default: reserved token, else a new <|mask|>"
     )
     parser.add_argument("--shift_logits", type=bool, default=False, help="hidden state i predicts token i+1")
+    parser.add_argument(
+        "--mask_init_std", type=float, default=0.0, help="noise around the mean that the mask token's row starts with"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that noise")
+    parser.add_argument(
+        "--pad_to_multiple_of",
+        type=int | None,
+        default=None,
+        help="rows of the embedding, such as 64; default: as needed",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=str | None,
+        default=None,
+        help="bfloat16, float16 or float32; default: as the weights are stored",
+    )
     parser.add_argument("--attn_implementation", type=str | None, default=None, help="kernel that the probe runs with")
+    parser.add_argument(
+        "--trust_remote_code", type=bool, default=False, help="run Python files that come with the model"
+    )
+    signal.signal(signal.SIGTERM, _stop)
     out = convert(**vars(parser.parse_args(argv)))
     spec = json.loads((out / "config.json").read_text())["diffusion"]
     print(
         f"{out}: {spec['attention']} attention, mask token {spec['mask_token_id']}; probed on the loaded weights",
         file=sys.stderr,
     )
+
+
+def _stop(*_: object) -> None:
+    """SIGTERM leaves as Ctrl-C does: what was written so far is removed on the way out."""
+    raise SystemExit(128 + signal.SIGTERM)

@@ -17,6 +17,8 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from . import mask_token
+from .mask_token import text_ids
 from .settings import DataConfig
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -57,8 +59,9 @@ def load_examples(
 ) -> Dataset:
     """The tokenised examples of `rows` (default: `load_rows(config)`) as a Dataset of "context" and "target" id lists.
 
-    Plain text is cut into pieces of piece_length tokens (default: data.seq_len). Raises ValueError for a mask token inside the data,
-    values that are not strings, empty completions, and examples longer than data.seq_len (unless data.too_long is drop).
+    Plain text is cut into pieces of piece_length tokens (default: data.seq_len). A text that quotes the mask token's string is
+    text. Raises ValueError for values that are not strings, empty completions, and examples longer than data.seq_len (unless
+    data.too_long is drop).
     """
     if not is_main_process:
         disable_progress_bars()
@@ -239,13 +242,7 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
-        raise ValueError(
-            f"data.train: a text contains the mask token {tokenizer.mask_token} ({text[:60]!r}...); remove it from the data, "
-            "or convert with another mask_token"
-        )
-    return ids
+    return text_ids(tokenizer, text, add_special_tokens=False, verbose=False)
 
 
 def _checked(values: list, column: str) -> list[str]:
@@ -272,4 +269,4 @@ def _fit(examples: Dataset, config: DataConfig, is_main_process: bool) -> Datase
     return examples.select(np.flatnonzero(fits))
 
 
-_TOKENISER_SOURCE = inspect.getsource(sys.modules[__name__])
+_TOKENISER_SOURCE = inspect.getsource(sys.modules[__name__]) + inspect.getsource(mask_token)

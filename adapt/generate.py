@@ -20,13 +20,17 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import CommandParser
 from .checkpoint import load
+from .mask_token import text_ids
 from .model import DiffusionLM
 from .sampler import GenerateOutput, SamplerConfig
 
 BLANK = re.compile(r" *\[\?(\d*)\]")  # a blank takes the place of " word": the space before it is part of its token
+
+_BLANK_MARK = "\ue000[?]\ue001"  # in private characters, so that a text may quote the mask token
 
 
 class CanvasView:
@@ -73,13 +77,15 @@ def write(
     lm: DiffusionLM, prompts: list[str], max_new_tokens: int, sampler: SamplerConfig, seed: int, show: bool
 ) -> tuple[list[str], GenerateOutput]:
     """The continuations of the prompts, without special tokens, and the sampler's output."""
-    lm.tokenizer.padding_side = "left"
-    lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
-    batch = lm.tokenizer(prompts, return_tensors="pt", padding=True)
-    num_prompt = batch.input_ids.shape[1]
+    tokenizer: Any = lm.tokenizer
+    rows = [torch.tensor(text_ids(tokenizer, prompt), dtype=torch.long) for prompt in prompts]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    num_prompt = input_ids.shape[1]
     output = lm.generate(
-        batch.input_ids,
-        attention_mask=batch.attention_mask,
+        input_ids,
+        attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         sampler=sampler,
         generator=torch.Generator(lm.device).manual_seed(seed),
@@ -92,8 +98,10 @@ def fill(lm: DiffusionLM, text: str, sampler: SamplerConfig, seed: int, show: bo
     """The text with its blanks ([?] one token, [?n] n tokens) written."""
     if not BLANK.search(text):
         raise ValueError(f"infill={text!r}: has no blank; write [?] for one token, [?4] for four")
-    masked = BLANK.sub(lambda blank: str(lm.tokenizer.mask_token) * int(blank.group(1) or 1), text)
-    ids: list[int] = lm.tokenizer(masked)["input_ids"]
+    if _BLANK_MARK in text:
+        raise ValueError(f"infill={text!r}: holds {_BLANK_MARK!r}, which stands for a blank here; write [?]")
+    masked = BLANK.sub(lambda blank: _BLANK_MARK * int(blank.group(1) or 1), text)
+    ids = text_ids(lm.tokenizer, masked, blank=_BLANK_MARK)
     if lm.spec.shift_logits and ids[0] == lm.spec.mask_token_id:
         ids = [lm.start_token_id, *ids]
     output = lm.infill(

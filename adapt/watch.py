@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .checkpoint import DiffusionSpec
 from .config import Recipe
+from .mask_token import text_ids
 from .metrics import RunningMetrics, drop_lines_after
 from .model import DiffusionLM
 from .sampler import SamplerConfig
@@ -40,7 +41,7 @@ def sample_prompt(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, examples: 
     if ours.sample_prompt is None:
         ids = list(examples[0]["context"])
     else:
-        ids = list(tokens(ours.sample_prompt)["input_ids"])
+        ids = text_ids(tokens, ours.sample_prompt)
     ids = ids or [tokens.eos_token_id if tokens.bos_token_id is None else tokens.bos_token_id]
     room = max_positions - num_new_tokens(recipe)
     if len(ids) > room and ours.sample_prompt is None:

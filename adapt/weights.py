@@ -1,136 +1,261 @@
 """Copies safetensors weights tensor by tensor: bytes as they are, except for the tensors that a conversion rewrites.
 
-Memory is bounded by the largest rewritten tensor, not by the model: the others go from file to file as bytes.
+Memory is bounded by `_CHUNK` bytes of rows, not by a tensor and not by the model: what is rewritten streams by rows, the
+rest goes from file to file inside the kernel.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
-import shutil
+import math
+import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from .shards import INDEX, SINGLE, Shard
 
-
-def shards(folder: Path) -> dict[str, list[str]]:
-    """{safetensors file name: names of its tensors}. Raises ValueError if there are none, or if a shard is missing."""
-    if (folder / SINGLE).is_file():  # where both are there, transformers reads the single file too
-        files = [SINGLE]
-    elif (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        raise ValueError(
-            f"base={folder}: no {SINGLE} or {INDEX} in it; pickled weights are not read, convert them to "
-            "safetensors first"
-        )
-    for name in files:
-        if not (folder / name).is_file():
-            raise ValueError(f"base={folder}: {INDEX} names {name}, which is missing; download the model again")
-    return {name: list(_header(folder / name)[0]) for name in files}
+_CHUNK = 4 << 20  # bytes
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_NAMES = {dtype: name for name, dtype in _STORED.items()}
 
 
-def embedding_names(folder: Path, config: PretrainedConfig) -> list[str]:
+@dataclass(frozen=True)
+class NewRows:
+    """What a conversion does to an embedding or head [V, ...]: how many rows it has then, and which is the mask token's."""
+
+    num_rows: int
+    mask_row: int
+    std: float = 0.0
+    """Of the noise that the mask token's row has around the mean of all rows; 0 = none."""
+    seed: int = 0
+
+
+def embedding_names(model: PreTrainedModel, stored: Collection[str]) -> list[str]:
     """Names in the files of the input embedding and, where it is stored apart, of the head's weight and bias."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
     wanted = {id(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"base={config.model_type}: has no output embedding, so it is not a causal language model")
+        raise ValueError(
+            f"base={model.config.model_type}: has no output embedding, so it is not a causal language model"
+        )
     wanted |= {id(parameter) for parameter in head.parameters()}
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in wanted}
     prefix = model.base_model_prefix + "."
     names |= {name.removeprefix(prefix) for name in names}  # checkpoints of the bare backbone (GPT-2) have no prefix
-    found = sorted(name for tensors in shards(folder).values() for name in tensors if name in names)
+    found = sorted(names.intersection(stored))
     if not found:
         raise ValueError(
-            f"base={folder}: none of its tensors is the embedding of {config.model_type}; wrong config.json?"
+            f"base={model.config.model_type}: none of the tensors in its files is the embedding of this kind of model; "
+            "wrong config.json?"
         )
     return found
 
 
-def num_embeddings(folder: Path, config: PretrainedConfig) -> int:
-    """Rows of the stored input embedding, which may be more than the tokenizer's tokens."""
-    names = embedding_names(folder, config)
-    for file in shards(folder):
-        header, _ = _header(folder / file)
-        for name in names:
-            if name in header:
-                return header[name]["shape"][0]
-    raise AssertionError("embedding_names() lists stored tensors only")
+def stored_dtype(shards: Mapping[str, Shard]) -> torch.dtype:
+    """The floating dtype that most of the weights are stored in; ValueError for weights that are quantised."""
+    sizes: dict[str, int] = {}
+    for shard in shards.values():
+        for tensor in shard.tensors.values():
+            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
+    most = max(sizes, key=sizes.__getitem__)
+    if most not in _STORED:
+        raise ValueError(
+            f"base={next(iter(shards.values())).path.parent}: its weights are stored as {most}, which is quantised; "
+            "convert the model in bfloat16, float16 or float32"
+        )
+    return _STORED[most]
 
 
-def copy(source: Path, out: Path, rewrite: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    """Copies all shards and the index from `source` to `out`; tensors named in `rewrite` go through its functions."""
-    for file, names in tqdm(shards(source).items(), desc="weights", unit="shard", disable=None):
-        if any(name in rewrite for name in names):
-            _copy_shard(source / file, out / file, rewrite)
+def copy(
+    shards: Mapping[str, Shard],
+    out: Path,
+    rewrite: Mapping[str, NewRows],
+    *,
+    dtype: torch.dtype | None = None,
+    keep_dtype: Collection[str] = (),
+) -> Iterator[Path]:
+    """Writes the shards, and then their index, into the folder `out`; yields each file when it is written.
+
+    rewrite: by tensor name. dtype: floating tensors are cast to it, but for those named in keep_dtype. ValueError for
+    embeddings with NaN or infinity in them, and for weights that do not fit into float16.
+    """
+    total_size, total_parameters = 0, 0
+    for name, shard in tqdm(shards.items(), desc="weights", unit="shard", disable=None):
+        plan = _planned(shard, rewrite, dtype, keep_dtype)
+        if plan == shard.tensors and not rewrite.keys() & plan.keys():
+            with shard.path.open("rb") as read, (out / name).open("wb") as write:
+                _copy_bytes(read, write, 0, shard.path.stat().st_size)
         else:
-            shutil.copyfile(source / file, out / file)
-    if not (out / SINGLE).is_file():
+            with _one_thread():
+                _write_shard(shard, out / name, plan, rewrite)
+        if hasattr(os, "posix_fadvise"):  # so that the copy stays in memory for the probe where both do not fit
+            with shard.path.open("rb") as read:
+                os.posix_fadvise(read.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        total_size += max(tensor["data_offsets"][1] for tensor in plan.values())
+        total_parameters += sum(math.prod(tensor["shape"]) for tensor in plan.values())
+        yield out / name
+    if SINGLE not in shards:
+        source = next(iter(shards.values())).path.parent
         index = json.loads((source / INDEX).read_text())
-        tensors = [tensor for file in set(index["weight_map"].values()) for tensor in _header(out / file)[0].values()]
-        total_size = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
-        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_size}
+        about = index.get("metadata")
+        about = dict(about) if isinstance(about, dict) else {}
+        if "total_parameters" in about:
+            about["total_parameters"] = total_parameters
+        index["metadata"] = {**about, "total_size": total_size}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        yield out / INDEX
 
 
-def _header(path: Path) -> tuple[dict[str, dict], dict]:
-    """({tensor name: dtype, shape, data_offsets}, {metadata, first data byte}) of a safetensors file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length)) if 2 <= length <= size - 8 else {}  # a git-lfs pointer claims exabytes
-    metadata = header.pop("__metadata__", None)
-    if max((tensor["data_offsets"][1] for tensor in header.values()), default=0) != size - 8 - length:
-        raise ValueError(f"base={path}: not a safetensors file, or cut short; download the model again")
-    return header, {"metadata": metadata, "start": 8 + length}
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are too small to share: on a busy machine the threads waited for each other three times as long as they worked."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _copy_shard(source: Path, out: Path, rewrite: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    header, about = _header(source)
-    in_order = sorted(header, key=lambda name: header[name]["data_offsets"])
-    rewritten: dict[str, bytes] = {}
-    with safe_open(source, framework="pt") as tensors:
-        for name in in_order:
-            if name in rewrite:
-                tensor = rewrite[name](tensors.get_tensor(name)).contiguous()
-                header[name]["shape"], rewritten[name] = list(tensor.shape), tensor.view(torch.uint8).numpy().tobytes()
-    old_offsets = {name: tuple(header[name]["data_offsets"]) for name in in_order}
-    position = 0
-    for name in in_order:
-        size = len(rewritten[name]) if name in rewritten else old_offsets[name][1] - old_offsets[name][0]
-        header[name]["data_offsets"] = [position, position + size]
+def _planned(
+    shard: Shard, rewrite: Mapping[str, NewRows], dtype: torch.dtype | None, keep_dtype: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """The header of the shard as it will be written, in the order of its data."""
+    plan, position = {}, 0
+    for name in sorted(shard.tensors, key=lambda name: shard.tensors[name]["data_offsets"]):
+        tensor = dict(shard.tensors[name])
+        if name in rewrite:
+            if tensor["dtype"] not in _STORED:
+                raise ValueError(f"base={shard.path}: {name} is stored as {tensor['dtype']}; give it in bfloat16")
+            tensor["shape"] = [rewrite[name].num_rows, *tensor["shape"][1:]]
+        if dtype is not None and tensor["dtype"] in _STORED and name not in keep_dtype:
+            tensor["dtype"] = _NAMES[dtype]
+        if tensor != shard.tensors[name]:
+            size = math.prod(tensor["shape"]) * _STORED[tensor["dtype"]].itemsize
+        else:
+            size = tensor["data_offsets"][1] - tensor["data_offsets"][0]
+        plan[name] = {**tensor, "data_offsets": [position, position + size]}
         position += size
-    new_header = ({"__metadata__": about["metadata"]} if about["metadata"] else {}) | header
-    encoded = json.dumps(new_header, separators=(",", ":")).encode()
+    return plan
+
+
+def _write_shard(shard: Shard, out: Path, plan: dict[str, dict[str, Any]], rewrite: Mapping[str, NewRows]) -> None:
+    header = ({"__metadata__": shard.metadata} if shard.metadata else {}) | plan
+    encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
-    with source.open("rb") as read, out.open("wb") as write:
+    with shard.path.open("rb", buffering=0) as read, out.open("wb", buffering=0) as write:
         write.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in in_order:
-            if name in rewritten:
-                write.write(rewritten[name])
-                continue
-            start, end = old_offsets[name]
-            read.seek(about["start"] + start)
-            _copy_bytes(read, write, end - start)
+        for name, tensor in plan.items():
+            start, end = shard.tensors[name]["data_offsets"]
+            if name in rewrite or tensor["dtype"] != shard.tensors[name]["dtype"]:
+                read.seek(shard.start + start)
+                _rewrite_tensor(read, write, name, shard.tensors[name], tensor, rewrite.get(name))
+            else:
+                _copy_bytes(read, write, shard.start + start, end - start)
 
 
-def _copy_bytes(read, write, size: int, chunk: int = 16 << 20) -> None:
+def _rewrite_tensor(
+    read: io.FileIO, write: io.FileIO, name: str, old: dict[str, Any], new: dict[str, Any], rows: NewRows | None
+) -> None:
+    """Streams one tensor from where `read` stands to where `write` stands: cast, grown, with a new row for the mask token."""
+    from_dtype, to_dtype = _STORED[old["dtype"]], _STORED[new["dtype"]]
+    row_shape = old["shape"][1:]
+    width = math.prod(row_shape)  # numbers in a row; 1 for a bias
+    num_old = old["shape"][0] if old["shape"] else 1
+    row_bytes = width * from_dtype.itemsize
+    at_once = max(1, _CHUNK // max(row_bytes, 1))
+    begin = write.tell()
+    total = torch.zeros(width, dtype=torch.float64)
+    # Made once: the kernel clears every page of a new buffer, which took longer than what is done with it.
+    buffer = torch.empty(min(at_once, num_old), width, dtype=from_dtype)
+    in_float32 = torch.empty(buffer.shape)
+    for first in range(0, num_old, at_once):
+        chunk = buffer[: num_old - first]
+        if not _read_all(read, _bytes_of(chunk)):
+            raise ValueError(f"base={read.name}: became shorter while it was read; is something writing to it?")
+        if rows is not None:
+            total += in_float32[: len(chunk)].copy_(chunk).sum(0)
+        _write_all(write, _bytes_of(_cast(chunk, to_dtype, name)))
+    if rows is None:
+        return
+    mean = total / num_old
+    if not mean.isfinite().all():
+        raise ValueError(f"base={read.name}: {name} has NaN or infinity in it; mend the model, or download it again")
+    noisy = mean
+    if rows.std and len(old["shape"]) > 1:
+        key = int.from_bytes(hashlib.sha256(f"{rows.seed}/{name}".encode()).digest()[:7], "little")
+        noisy = mean + rows.std * torch.randn(width, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+    for first in range(num_old, rows.num_rows, at_once):
+        _write_all(write, _bytes_of(_cast(mean.expand(min(at_once, rows.num_rows - first), width), to_dtype, name)))
+    end = write.tell()
+    write.seek(begin + rows.mask_row * width * to_dtype.itemsize)
+    _write_all(write, _bytes_of(_cast(noisy, to_dtype, name)))
+    write.seek(end)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and tensor.numel() and tensor.abs().max() > 65504:
+        raise ValueError(f"dtype=float16: {name} holds {tensor.abs().max():.3g}, which float16 cannot; use bfloat16")
+    return cast
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _read_all(read: io.FileIO, into: memoryview) -> bool:
+    while len(into):
+        step = read.readinto(into)
+        if not step:
+            return False
+        into = into[step:]
+    return True
+
+
+def _write_all(write: io.RawIOBase | io.BufferedIOBase, data: memoryview) -> None:
+    while len(data):
+        data = data[write.write(data) :]
+
+
+def _copy_bytes(read, write, start: int, size: int) -> None:
+    """`size` bytes of `read` from `start` to where `write` stands, inside the kernel where that can be done."""
+    write.flush()
+    done = 0
+    while done < size:
+        try:
+            step = os.copy_file_range(
+                read.fileno(), write.fileno(), min(size - done, 64 << 20), offset_src=start + done
+            )
+        except (AttributeError, OSError) as error:  # not on macOS, nor between some filesystems
+            if done or getattr(error, "errno", errno.ENOSYS) not in _NO_KERNEL_COPY:
+                raise
+            return _copy_bytes_by_hand(read, write, start, size)
+        assert step, "read_shards has held the offsets against the size of the file"
+        done += step
+
+
+_NO_KERNEL_COPY = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EBADF, errno.EPERM}
+
+
+def _copy_bytes_by_hand(read, write, start: int, size: int) -> None:
+    read.seek(start)
     while size > 0:
-        piece = read.read(min(chunk, size))
-        assert piece, "_header has held the offsets against the size of the file"
-        write.write(piece)
+        piece = read.read(min(_CHUNK, size))
+        assert piece, "read_shards has held the offsets against the size of the file"
+        _write_all(write, memoryview(piece))
         size -= len(piece)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from adapt.mask_token import text_ids
+
 
 class Stop:
     """Callable on a row's settled new tokens: True once its text holds a stop string (or end-of-text).
@@ -61,7 +63,7 @@ def count_tokens(tokenizer: Any, text: str, spent: Sequence[int], eos_ids: Seque
     """
     ends = frozenset(eos_ids)
     before_end = next((i for i, token in enumerate(spent) if token in ends), len(spent))
-    return min(before_end, len(tokenizer.encode(text, add_special_tokens=False)))
+    return min(before_end, len(text_ids(tokenizer, text, add_special_tokens=False)))
 
 
 def end_of_text_ids(model: Any, tokenizer: Any) -> list[int]:

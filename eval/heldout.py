@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from adapt.likelihood import nelbo
+from adapt.mask_token import text_ids
 
 _CHUNK = 8
 
@@ -43,7 +44,7 @@ def windows_of(corpus: str | Path, tokenizer: Any, *, seq_len: int, max_tokens: 
     """Whole windows of seq_len tokens, text by text, until max_tokens; ValueError if no text is long enough."""
     windows: list[list[int]] = []
     for text in texts_of(corpus):
-        tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # long texts are cut below
+        tokens = text_ids(tokenizer, text, add_special_tokens=False, verbose=False)  # long texts are cut below
         for at in range(0, len(tokens) - seq_len + 1, seq_len):
             windows.append(tokens[at : at + seq_len])
             if len(windows) * seq_len >= max_tokens:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import adapt
 from adapt.likelihood import nelbo
+from adapt.mask_token import text_ids
 
 from .emitted import Stop, count_tokens, emitted_text, end_of_text_ids
 from .model_args import MODEL_ARGS, model_args_help
@@ -148,7 +149,7 @@ class AdaptLM(TemplateLM):
         """Token ids as lm-eval's own Hugging Face model has them: one BOS at most, where the tokenizer adds any."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return text_ids(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as one prompt, by the tokenizer's template (as lm-eval's own Hugging Face model does)."""

@@ -26,7 +26,6 @@ def folder(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base").symlink_to(base)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "cat", "completion": "dog " * 99}) + "\n")
-    (tmp_path / "mask.jsonl").write_text(json.dumps({"prompt": "cat", "completion": "a <|mask|>"}) + "\n")
     (tmp_path / "hollow.jsonl").write_text(json.dumps({"prompt": "cat", "completion": ""}) + "\n")
     (tmp_path / "other.jsonl").write_text(json.dumps({"question": "cat"}) + "\n")
     (tmp_path / "not-a-model").mkdir()
@@ -110,7 +109,6 @@ CASES = {
         "data.too_long=drop, or lower objective.views",
     ),
     "empty canvas": ({"data__canvas_length": 0}, None, "data.canvas_length=0: must be at least 1"),
-    "mask token in the data": ({"data__train": "mask.jsonl"}, 1, r"contains the mask token <\|mask\|> .*; remove it"),
     "no base": ({"model__base": "./none"}, 1, "model.base=./none: no such folder; give"),
     "base is no model": ({"model__base": "./not-a-model"}, 1, "model.base=./not-a-model: not a model folder"),
     "base is broken": ({"model__base": "./broken"}, 1, "broken/config.json: not valid JSON"),

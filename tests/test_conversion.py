@@ -238,7 +238,8 @@ def test_chat_template_generation_config_and_unknown_keys_survive(base_folder, t
     out = convert(base, tmp_path / "out", attention="prefix", shift_logits=True, verify=False)
     written = json.loads((out / "config.json").read_text())
     assert written["from_the_future"] == {"a": [1]}
-    assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    before, after = (json.loads((folder / "generation_config.json").read_text()) for folder in (base, out))
+    assert after == {**before, "mask_token_id": VOCABULARY}
     assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(base).chat_template
     assert DiffusionSpec(**written["diffusion"]) == DiffusionSpec(
         attention="prefix", mask_token_id=VOCABULARY, shift_logits=True, base_model=str(base)
@@ -265,7 +266,7 @@ def _convert_and_die(base: Path, out: Path, at: str) -> None:
         try:
             sys.addaudithook(hook)
             if at == "probe":
-                adapt.checkpoint.probe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                adapt.conversion.probe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             convert(base, out)
         finally:
             os._exit(0)

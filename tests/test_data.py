@@ -147,12 +147,6 @@ def test_lengths_follow_a_selection(tmp_path: Path) -> None:
     assert lengths(found.select([1]), "target").tolist() == [4]
 
 
-def with_mask():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
-    return tokenizer
-
-
 def without_end():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
@@ -174,7 +168,6 @@ def with_forgetful_template():
 @pytest.mark.parametrize(
     "rows, settings, tokenizer, message",
     [
-        ([{"text": "a <|mask|> b"}], {}, with_mask, r"contains the mask token <\|mask\|> .*remove it from the data"),
         ([{"prompt": "cat", "completion": ""}], {}, tiny_tokenizer, "'cat' has an empty completion, nothing to noise"),
         ([{"prompt": "cat", "completion": None}, PAIRS[0]], {}, tiny_tokenizer, "column completion holds None"),
         ([{"prompt": None, "completion": ""}, PAIRS[0]], {}, tiny_tokenizer, "column prompt holds None"),

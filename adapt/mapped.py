@@ -1,0 +1,113 @@
+"""A model whose weights stay in their files: pages are read when a layer needs them, and given back when it is done.
+
+With it a conversion is probed on all of its loaded weights, every layer, within bounded memory. It costs reading the
+weights twice, from the page cache where they fit it. The bound holds for weights that transformers takes as they are stored;
+experts that it stacks into one tensor on loading are copied into memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .shards import Shard
+
+_HELD = 32 << 20  # bytes of weights that may be in memory before they are given back
+_ROWS = 16
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+@contextmanager
+def mapped_model(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, shards: Mapping[str, Shard], **options: Any
+) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    """(the model on the weights of these shards, transformers' loading info); usable inside of the `with` only.
+
+    options: of `from_pretrained`, such as dtype and attn_implementation.
+    """
+    files: list[mmap.mmap] = []
+    weights: dict[str, Tensor] = {}
+    for shard in shards.values():
+        with shard.path.open("rb") as file:
+            files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        weights |= {name: _tensor(files[-1], shard.start, about) for name, about in shard.tensors.items()}
+    loaded: Any = model_class.from_pretrained(
+        None, config=config, state_dict=weights, output_loading_info=True, **options
+    )
+    model, info = loaded
+    del weights, loaded
+    _give_back_after_use(model, files)
+    yield model, info
+
+
+def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
+    dtype, (first, last) = _DTYPES[about["dtype"]], about["data_offsets"]
+    if first == last:
+        return torch.empty(about["shape"], dtype=dtype)
+    flat = torch.frombuffer(file, dtype=torch.uint8, count=last - first, offset=start + first)
+    if flat.data_ptr() % dtype.itemsize:  # the format does not promise alignment
+        flat = flat.clone()
+    return flat.view(dtype).view(about["shape"])
+
+
+def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None:
+    """Hooks on the modules that own weights; what is larger than `_HELD` is computed piece by piece."""
+    held = 0
+
+    def give_back() -> None:
+        nonlocal held
+        held = 0
+        for file in files:
+            if hasattr(mmap, "MADV_DONTNEED"):  # a private mapping that nobody wrote to: the file has it all
+                file.madvise(mmap.MADV_DONTNEED)
+
+    def used(module: nn.Module, *_: Any) -> None:
+        nonlocal held
+        held += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+        if held > _HELD:
+            give_back()
+
+    def in_pieces(linear: nn.Linear, input: Tensor) -> Tensor:
+        rows = max(1, _HELD // (linear.weight[0].nbytes or 1))
+        biases = [None] * len(linear.weight) if linear.bias is None else linear.bias.split(rows)
+        pieces = []
+        for weight, bias in zip(linear.weight.split(rows), biases):
+            pieces.append(nn.functional.linear(input, weight, bias))
+            give_back()
+        return torch.cat(pieces, dim=-1)
+
+    def row_by_row(embedding: nn.Embedding, input: Tensor) -> Tensor:
+        # A row that is touched brings up to 2 MB around it, so a thousand of them bring the whole table.
+        plain, pieces = type(embedding).forward, []
+        for ids in input.reshape(-1).split(_ROWS):
+            pieces.append(plain(embedding, ids))
+            give_back()
+        return torch.cat(pieces).view(*input.shape, -1)
+
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) and weight.nbytes > _HELD:
+            module.forward = partial(row_by_row, module)
+        elif type(module) is nn.Linear and weight.nbytes > _HELD:
+            module.forward = partial(in_pieces, module)
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(used)
+    give_back()

@@ -1,0 +1,118 @@
+"""A folder appears under its name whole, or not at all: it is made beside it, brought to disk, and renamed.
+
+What a killed run left is recognised (it has a lock that nobody holds) and removed by the next run for the same name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, or what a file may hold
+_LOCK = "lock"
+_SECONDS_TO_LOCK = 60  # between a scratch folder's birth and its lock, generously
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """An empty folder on the disk of `out`, which goes with all that is in it; ValueError where the disk is full."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.converting-"
+    for old in sorted(out.parent.iterdir()):
+        if old.name.startswith(prefix):
+            _remove_if_stale(old)
+    with _no_traceback_when_full(out), tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as scratch:
+        with (Path(scratch) / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.write(socket.gethostname())
+            lock.flush()
+            yield Path(scratch)
+
+
+def check_space(out: Path, num_bytes: int) -> None:
+    """ValueError if the disk of the (not yet existing) folder `out` has less room than that."""
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise ValueError(
+            f"out={out}: needs {num_bytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; nothing was written, "
+            "free some space or write elsewhere"
+        )
+
+
+class Flusher:
+    """Brings files to disk in the background, so that the probe need not wait for it; `wait()` raises what went wrong."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: list[Future[None]] = []
+
+    def add(self, path: Path) -> None:
+        self._pending.append(self._pool.submit(_sync, path))
+
+    def wait(self) -> None:
+        for future in self._pending:
+            future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def publish(staged: Path, out: Path) -> None:
+    """Gives the folder its name, once what is in it is on disk."""
+    for path in staged.rglob("*"):
+        _sync(path)
+    _sync(staged)
+    try:
+        staged.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ValueError(f"out={out}: appeared meanwhile; choose a new folder (nothing was overwritten)") from error
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_if_stale(scratch: Path) -> None:
+    try:
+        with (scratch / _LOCK).open("r+") as lock:
+            # Another machine's lock cannot be seen on every filesystem that two machines share.
+            if lock.read() not in ("", socket.gethostname()):
+                return
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(scratch, ignore_errors=True)
+    except FileNotFoundError:
+        if time.time() - scratch.lstat().st_mtime > _SECONDS_TO_LOCK and scratch.is_dir() and not scratch.is_symlink():
+            shutil.rmtree(scratch, ignore_errors=True)
+    except (BlockingIOError, NotADirectoryError, PermissionError):
+        return
+
+
+@contextmanager
+def _no_traceback_when_full(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the tokenizer's Rust raises a bare Exception for the same thing
+        if getattr(error, "errno", None) not in _FULL and not any(
+            said in str(error) for said in ("No space left", "File too large", "quota exceeded")
+        ):
+            raise
+        raise ValueError(
+            f"out={out}: the disk is full, nothing was left on it; free some space or write elsewhere"
+        ) from error

@@ -1,0 +1,252 @@
+"""Conversion in bounded memory: rows, dtypes, padding and metadata right; nothing half-written however it is stopped."""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, build_tokenizer, save_base
+from transformers import AutoModelForCausalLM
+
+import adapt
+from adapt import mapped, shards, staging, weights
+from adapt.cli import main as cli
+from adapt.conversion import convert
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"], ids=["untied, sharded", "tied, one file"])
+def test_rows_that_stream_in_small_pieces_with_another_dtype_and_padding_are_what_they_would_be_at_once(
+    base_folder, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(weights, "_CHUNK", 1000)  # bytes: seven rows at a time
+    out = convert(base_folder(kind), tmp_path / "out", dtype="bfloat16", pad_to_multiple_of=64)
+    before, after = _weights(base_folder(kind)), _weights(out)
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        expected = old.bfloat16()
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            mean = old.mean(0)
+            expected = torch.cat([old, mean.expand(320 - len(old), -1)])
+            expected[VOCABULARY] = mean
+            torch.testing.assert_close(after[name], expected.bfloat16(), rtol=0.01, atol=1e-3)
+            assert torch.equal(after[name][:VOCABULARY], expected[:VOCABULARY].bfloat16())
+        else:
+            assert torch.equal(after[name], expected), name
+    config = json.loads((out / "config.json").read_text())
+    assert (config["vocab_size"], config["dtype"]) == (320, "bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    if kind == "llama":
+        index = json.loads((out / shards.INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
+        assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in after.values())
+        assert {n: f for f in set(index["weight_map"].values()) for n in load_file(out / f)} == index["weight_map"]
+
+
+def test_metadata_of_the_files_and_of_the_index_is_kept(base_folder, tmp_path):
+    base = shutil.copytree(base_folder("llama"), tmp_path / "base")
+    for path in base.glob("*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt", "author": "someone"})
+    index = json.loads((base / shards.INDEX).read_text())
+    index["metadata"]["note"] = "kept"
+    (base / shards.INDEX).write_text(json.dumps(index))
+    out = convert(base, tmp_path / "out", verify=False)
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt", "author": "someone"}
+    assert json.loads((out / shards.INDEX).read_text())["metadata"]["note"] == "kept"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_model_whose_pages_are_given_back_computes_what_a_loaded_one_does(base_folder, monkeypatch, kind):
+    monkeypatch.setattr(mapped, "_HELD", 2000)  # bytes: every layer is given back, embedding and head go in pieces
+    loaded = AutoModelForCausalLM.from_pretrained(base_folder(kind))
+    tokens = torch.arange(12)[None]
+    with mapped.mapped_model(type(loaded), loaded.config, shards.read_shards(base_folder(kind))) as (model, info):
+        assert not info["missing_keys"]
+        for _ in range(2):  # the second time all pages come back from the file
+            torch.testing.assert_close(model(tokens).logits, loaded(tokens).logits)
+
+
+def test_the_proof_is_of_every_layer_of_the_written_weights(base_folder, tmp_path, monkeypatch):
+    """A conversion that broke the last layer would be noticed."""
+    plain = weights._copy_bytes
+    last = json.loads((base_folder("llama") / shards.INDEX).read_text())["weight_map"][
+        "model.layers.1.mlp.up_proj.weight"
+    ]
+
+    def breaking(read, write, start, size):
+        plain(read, write, start, size)
+        if Path(write.name).name == last:
+            write.seek(-64, 1)
+            write.write(b"\xff" * 64)  # NaN
+
+    monkeypatch.setattr(weights, "_copy_bytes", breaking)
+    with pytest.raises(ValueError, match=r"NaN or infinity|probe failed"):
+        convert(base_folder("llama"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# -- however it is stopped --------------------------------------------------------------------------------------------
+
+
+def _stopped(base: Path, out: Path, number: int, how: signal.Signals) -> int | None:
+    """Runs `adapt convert` in a fork that gets a signal at its number-th write or rename; the status, None if it came to none."""
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal number
+        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+        if writes or event in ("os.rename", "os.mkdir"):
+            number -= 1
+            if number == 0:
+                os.kill(os.getpid(), how)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
+        child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            torch.set_num_threads(1)
+            sys.addaudithook(hook)
+            code = cli(["convert", str(base), str(out)])
+        except SystemExit as exited:
+            code = int(exited.code or 0)
+        finally:
+            os._exit(code if number <= 0 else 77)
+    _, status = os.waitpid(child, 0)
+    return None if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 77 else status
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_at_any_write_it_leaves_no_half_folder_and_the_next_run_clears_up(
+    base_folder, tmp_path, monkeypatch, how
+):
+    monkeypatch.setattr(staging, "_SECONDS_TO_LOCK", -1)
+    base, out = base_folder("qwen3"), tmp_path / "out"
+    for number in range(1, 60):
+        status = _stopped(base, out, number, how)
+        if status is None:
+            break
+        if out.exists():  # it was stopped after the rename
+            assert adapt.checkpoint.is_diffusion_checkpoint(out)
+            assert {path.name for path in out.iterdir()} >= {"model.safetensors", "tokenizer.json", "config.json"}
+            shutil.rmtree(out)
+        if how == signal.SIGKILL:
+            assert os.WIFSIGNALED(status)
+            assert len(list(tmp_path.iterdir())) <= 1  # the one before is gone
+        else:
+            assert os.WEXITSTATUS(status) in (128 + how, 0)
+            assert not list(tmp_path.iterdir())
+    else:
+        raise AssertionError("it wrote more than 60 files?")
+    assert number > 8
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_run_or_another_machine_is_writing_is_left_alone(base_folder, tmp_path):
+    alive, elsewhere = tmp_path / ".out.converting-a", tmp_path / ".out.converting-b"
+    for folder, host in ((alive, socket.gethostname()), (elsewhere, "another")):
+        folder.mkdir()
+        (folder / "lock").write_text(host)
+    with (alive / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        convert(base_folder("qwen3"), tmp_path / "out", verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {alive.name, elsewhere.name, "out"}
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(base_folder, tmp_path, monkeypatch):
+    def probe(*_):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("precious")
+
+    monkeypatch.setattr(adapt.conversion, "probe", probe)
+    with pytest.raises(ValueError, match="appeared meanwhile"):
+        convert(base_folder("qwen3"), tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_a_file_that_may_not_grow_is_told_as_a_full_disk(base_folder, tmp_path, capfd):
+    """The kernel's own refusal, not a pretended one: the process may write no file larger than 20 kB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        os._exit(cli(["convert", str(base_folder("qwen3")), str(tmp_path / "out")]))
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == 1
+    assert f"error: out={tmp_path}/out: the disk is full, nothing was left on it" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_room_is_said_before_anything_is_written(base_folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(ValueError, match=r"out=.*: needs 0\.0 GB, but its disk has 0\.0 GB free; nothing was written"):
+        convert(base_folder("qwen3"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# -- where a base comes from ------------------------------------------------------------------------------------------
+
+_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+import pathlib
+pathlib.Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base, marker = save_base("llama", tmp_path / "base", build_tokenizer()), tmp_path / "ran"
+    (base / "own.py").write_text(_CODE.format(marker=str(marker)))
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (base / "config.json").write_text(json.dumps(config))
+    assert cli(["convert", str(base), str(tmp_path / "out")]) == 1
+    assert "say --trust_remote_code true" in capsys.readouterr().err
+    assert not marker.exists()
+    assert cli(["convert", str(base), str(tmp_path / "out"), "--trust_remote_code", "true"]) == 0, (
+        capsys.readouterr().err
+    )
+    assert marker.exists()
+    assert (tmp_path / "out" / "own.py").is_file()
+
+
+def test_a_hub_id_offline_is_told_apart_from_a_folder(tmp_path, capsys):
+    assert cli(["convert", "nobody/nothing-of-that-name", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "base=nobody/nothing-of-that-name: no such folder here, and the Hub cannot be asked" in said
+    assert "give the path of a folder, or go online" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_does_not_bring_a_stranger_s_file_into_the_checkpoint(base_folder, tmp_path):
+    base = shutil.copytree(base_folder("qwen3"), tmp_path / "base")
+    (tmp_path / "secret").write_text("secret")
+    (base / "LICENSE").symlink_to(tmp_path / "secret")
+    (base / "NOTICE").write_text("free")
+    out = convert(base, tmp_path / "out", verify=False)
+    assert not (out / "LICENSE").exists()
+    assert (out / "NOTICE").read_text() == "free"
+    assert not [path for path in out.iterdir() if path.is_symlink()]
