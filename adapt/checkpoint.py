@@ -18,6 +18,7 @@ ATTENTIONS = ("bidirectional", "block", "prefix")
 CLEAN_CONTEXTS = ("block", "causal")
 NOISES = ("absorbing", "hybrid", "uniform")
 FORMAT_VERSION = 1
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,6 @@ def _device(device: torch.device | str | None) -> torch.device:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype not in known:
-        raise ValueError(f"dtype={dtype}: choose one of auto, {', '.join(known)}")
-    return known[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

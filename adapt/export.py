@@ -1,0 +1,119 @@
+"""Writes a diffusion checkpoint as a folder that works without this package: weights, tokenizer, model card, decoding code.
+
+    adapt export runs/mine/model out/mine --format hf
+    adapt export runs/mine/converted out/mine --format hf --adapter runs/mine/adapter --dtype bfloat16
+    adapt export runs/mine/model out/mine --format hf --report out/report/report.json --license apache-2.0
+
+and then, wherever transformers is:
+
+    model = AutoModelForCausalLM.from_pretrained("out/mine")
+    model.generate(**inputs, custom_generate="out/mine", trust_remote_code=True, max_new_tokens=64)
+
+OUT appears when all of it is there. What is in OUT/custom_generate/ is cut out of this package, so it writes the same tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .arguments import CommandParser
+from .checkpoint import DTYPES, load
+from .conversion import _no_traceback_when_full
+from .model import DiffusionLM
+from .sampler import SamplerConfig
+from .standalone import standalone
+
+FORMATS = ("hf",)
+REQUIREMENTS = ("torch>=2.9", "transformers>=5.20")  # tests/test_packaging.py holds them against pyproject.toml
+MAX_NEW_TOKENS = 64  # what `adapt generate` writes by default
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes the checkpoint to the new folder `out` as plain transformers load it; returns its path.
+
+    adapter: a PEFT folder to merge in. dtype: of the weights, after merging; default as in the checkpoint. max_shard_size: of
+    one safetensors file. The attention pattern is proved on the weights before they are written. Raises ValueError if `out`
+    exists, and for what `load` refuses.
+    """
+    out = Path(out)
+    _check_settings(out, format, dtype, max_shard_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lm = load(checkpoint, adapter=adapter, device="cpu")
+    if dtype is not None:
+        lm.model.to(DTYPES[dtype])  # pyright: ignore[reportArgumentType]
+    with _no_traceback_when_full(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        staged = Path(scratch) / "export"
+        staged.mkdir()
+        lm.model.generation_config = _generation_config(lm)
+        lm.model.save_pretrained(staged, max_shard_size=max_shard_size)
+        lm.tokenizer.save_pretrained(staged)
+        _write_code(staged / "custom_generate")
+        for name in ("LICENSE", "LICENSE.txt"):
+            if (Path(checkpoint) / name).is_file():
+                shutil.copyfile(Path(checkpoint) / name, staged / name)
+        staged.rename(out)
+    return out
+
+
+def _check_settings(out: Path, format: str, dtype: str | None, max_shard_size: str) -> None:
+    if out.exists():
+        raise ValueError(f"out={out}: exists already; choose a new folder or remove it (nothing was overwritten)")
+    if format not in FORMATS:
+        raise ValueError(f"format={format}: choose one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"\d+([KMGT]I?)?B", max_shard_size.upper()):
+        raise ValueError(f"max_shard_size={max_shard_size}: must be a size like 500MB, 5GB or 2GiB")
+
+
+def _generation_config(lm: DiffusionLM) -> GenerationConfig:
+    """What `adapt generate` decodes with by default, for callers who say nothing; the base's own is for another way of writing."""
+    tokenizer: Any = lm.tokenizer
+    config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+    )
+    sampler = SamplerConfig()
+    config.threshold, config.order = sampler.threshold, sampler.order  # pyright: ignore[reportAttributeAccessIssue]
+    if lm.spec.noise == "uniform":
+        config.vocabulary_size = len(tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
+    return config
+
+
+def _write_code(folder: Path) -> None:
+    folder.mkdir()
+    for module, source in standalone("custom_generate", ["generate"]).items():
+        name = "generate" if module == "custom_generate" else module  # transformers looks for this name
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS))
+
+
+def main(argv: list[str]) -> None:
+    """The `adapt export` command."""
+    parser = CommandParser(prog="adapt export", description=__doc__)
+    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="folder with a diffusion checkpoint")
+    parser.add_argument("out", type=str, metavar="OUT", help="new folder")
+    parser.add_argument("--format", type=str, default="hf", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge in")
+    parser.add_argument("--dtype", type=str | None, default=None, help=f"{', '.join(DTYPES)}; default: as in CKPT")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="of one safetensors file")
+    out = export(**vars(parser.parse_args(argv)))
+    print(f"{out}: loads with transformers alone; custom_generate/ decodes as this package does", file=sys.stderr)
