@@ -4,6 +4,7 @@
     adapt convert ./my-llama out/my-dlm                        # a local folder, bidirectional
     adapt convert ./my-llama out/my-dlm --attention block --block_size 32
     adapt convert model.Q4_1.gguf out/from-gguf --shift_logits true
+    adapt convert ./my-llama out/my-dlm --adapter ./my-lora    # a PEFT adapter merged in (or BASE is its folder)
 
 Weights are copied tensor by tensor; only the mask token's row of the embedding (and of an untied head) is written
 anew. The result is probed with its weights loaded, and appears under OUT only when all of it is there.
@@ -28,7 +29,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from . import weights
+from . import adapters, weights
 from .arguments import CommandParser
 from .attention import layer_windows
 from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DiffusionSpec, check_model_folder, load
@@ -53,6 +54,7 @@ def convert(
     p_uniform: float | None = None,
     mask_token: str | None = None,
     shift_logits: bool = False,
+    adapter: str | Path | None = None,
     attn_implementation: str | None = None,
     verify: bool = True,
 ) -> Path:
@@ -61,7 +63,7 @@ def convert(
     mask_token: default is the tokenizer's own, else a reserved unused special token, else a new `<|mask|>` whose
     embedding row is the mean of all rows. shift_logits: train and decode with hidden state i predicting token i+1.
     block_size and clean_context ("causal", the default, or "block") belong to block attention; noise is what it will be trained
-    with ("absorbing", "uniform", or "hybrid" with its p_uniform).
+    with ("absorbing", "uniform", or "hybrid" with its p_uniform). adapter: a PEFT folder that is merged into `base` first.
     Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
     """
     out = Path(out)
@@ -78,6 +80,7 @@ def convert(
         clean_context = clean_context or "causal"
         if clean_context not in CLEAN_CONTEXTS:
             raise ValueError(f"clean_context={clean_context}: choose one of {', '.join(CLEAN_CONTEXTS)}")
+    base, adapter = adapters.base_and_adapter(base, adapter)
     spec = DiffusionSpec(
         attention=attention,
         mask_token_id=-1,
@@ -95,6 +98,8 @@ def convert(
         source, revision = _fetch(base, Path(scratch))
         config = AutoConfig.from_pretrained(source)
         _check_base(config, base)
+        if adapter is not None:
+            source = adapters.merge_folder(source, adapter, Path(scratch) / "merged")
         if not any(file for pattern in _VOCABULARIES for file in source.glob(pattern)):
             raise ValueError(
                 f"base={base}: no tokenizer in it; put the model's tokenizer.json (or tokenizer.model) beside it"
@@ -226,6 +231,7 @@ def main(argv: list[str]) -> None:
         "--mask_token", type=str | None, default=None, help="default: reserved token, else a new <|mask|>"
     )
     parser.add_argument("--shift_logits", type=bool, default=False, help="hidden state i predicts token i+1")
+    parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge into BASE first")
     parser.add_argument("--attn_implementation", type=str | None, default=None, help="kernel that the probe runs with")
     out = convert(**vars(parser.parse_args(argv)))
     spec = json.loads((out / "config.json").read_text())["diffusion"]

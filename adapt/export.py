@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from .adapters import base_and_adapter
 from .arguments import CommandParser
 from .checkpoint import DTYPES, load
 from .conversion import _no_traceback_when_full
@@ -52,6 +53,7 @@ def export(
     """
     out = Path(out)
     _check_settings(out, format, dtype, max_shard_size)
+    checkpoint, adapter = base_and_adapter(checkpoint, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
     lm = load(checkpoint, adapter=adapter, device="cpu")
     if dtype is not None:
