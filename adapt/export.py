@@ -14,6 +14,7 @@ OUT appears when all of it is there. What is in OUT/custom_generate/ is cut out 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import GenerationConfig
 
 from .adapters import base_and_adapter
@@ -28,6 +30,7 @@ from .arguments import CommandParser
 from .checkpoint import DTYPES, load
 from .conversion import _no_traceback_when_full
 from .model import DiffusionLM
+from .model_card import hub_base, license_of, read_report, write_card
 from .sampler import SamplerConfig
 from .standalone import standalone
 
@@ -44,30 +47,42 @@ def export(
     adapter: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
+    report: str | Path | None = None,
+    license: str | None = None,
+    sampler: SamplerConfig | None = None,
 ) -> Path:
     """Writes the checkpoint to the new folder `out` as plain transformers load it; returns its path.
 
     adapter: a PEFT folder to merge in. dtype: of the weights, after merging; default as in the checkpoint. max_shard_size: of
-    one safetensors file. The attention pattern is proved on the weights before they are written. Raises ValueError if `out`
-    exists, and for what `load` refuses.
+    one safetensors file. report: the report.json of a comparison of this checkpoint, for the model card. license: as the Hub
+    spells it; default is what the card of the checkpoint or of its base says. sampler: what OUT decodes with where the caller
+    says nothing. The attention pattern is proved on the weights before they are written. Raises ValueError if `out` exists, and
+    for what `load` refuses.
     """
     out = Path(out)
     _check_settings(out, format, dtype, max_shard_size)
     checkpoint, adapter = base_and_adapter(checkpoint, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
+    figures = None if report is None else read_report(report, Path(checkpoint))
     lm = load(checkpoint, adapter=adapter, device="cpu")
     if dtype is not None:
         lm.model.to(DTYPES[dtype])  # pyright: ignore[reportArgumentType]
+    sampler = sampler or SamplerConfig()
+    spec = lm.spec if hub_base(lm.spec) else dataclasses.replace(lm.spec, base_model=Path(lm.spec.base_model).name)
+    spec.write_to(lm.model.config)  # a stranger has no use for a path of this machine
     with _no_traceback_when_full(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         staged = Path(scratch) / "export"
         staged.mkdir()
-        lm.model.generation_config = _generation_config(lm)
+        lm.model.generation_config = _generation_config(lm, sampler)
         lm.model.save_pretrained(staged, max_shard_size=max_shard_size)
         lm.tokenizer.save_pretrained(staged)
         _write_code(staged / "custom_generate")
         for name in ("LICENSE", "LICENSE.txt"):
             if (Path(checkpoint) / name).is_file():
                 shutil.copyfile(Path(checkpoint) / name, staged / name)
+        license = license or license_of(Path(checkpoint), lm.spec)
+        about = {"license": license, "report": figures, "has_chat_template": bool(lm.tokenizer.chat_template)}
+        write_card(staged / "README.md", out.name, spec, sampler, **about)
         staged.rename(out)
     return out
 
@@ -83,7 +98,7 @@ def _check_settings(out: Path, format: str, dtype: str | None, max_shard_size: s
         raise ValueError(f"max_shard_size={max_shard_size}: must be a size like 500MB, 5GB or 2GiB")
 
 
-def _generation_config(lm: DiffusionLM) -> GenerationConfig:
+def _generation_config(lm: DiffusionLM, sampler: SamplerConfig) -> GenerationConfig:
     """What `adapt generate` decodes with by default, for callers who say nothing; the base's own is for another way of writing."""
     tokenizer: Any = lm.tokenizer
     config = GenerationConfig(
@@ -91,12 +106,15 @@ def _generation_config(lm: DiffusionLM) -> GenerationConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
+        do_sample=sampler.temperature > 0,
     )
-    sampler = SamplerConfig()
-    config.threshold, config.order = sampler.threshold, sampler.order  # pyright: ignore[reportAttributeAccessIssue]
+    chosen = {name: value for name, value in dataclasses.asdict(sampler).items() if value is not None}
+    if sampler.temperature == 0:
+        del chosen["temperature"], chosen["top_p"]
     if lm.spec.noise == "uniform":
-        config.vocabulary_size = len(tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
+        chosen["vocabulary_size"] = len(tokenizer)
+    for name, value in chosen.items():
+        setattr(config, name, value)
     return config
 
 
@@ -117,5 +135,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge in")
     parser.add_argument("--dtype", type=str | None, default=None, help=f"{', '.join(DTYPES)}; default: as in CKPT")
     parser.add_argument("--max_shard_size", type=str, default="5GB", help="of one safetensors file")
-    out = export(**vars(parser.parse_args(argv)))
+    parser.add_argument("--report", type=str | None, default=None, help="report.json of `adapt compare`, for the card")
+    parser.add_argument("--license", type=str | None, default=None, help="as the Hub spells it; default: the base's")
+    parser.add_class_arguments(SamplerConfig, "sampler")
+    arguments = parser.instantiate(parser.parse_args(argv))
+    out = export(**vars(arguments))
     print(f"{out}: loads with transformers alone; custom_generate/ decodes as this package does", file=sys.stderr)
+    if ModelCard.load(out / "README.md").data.to_dict().get("license") is None:
+        print(
+            f"{out}/README.md: names no licence, the base's is not known here; add it with --license", file=sys.stderr
+        )

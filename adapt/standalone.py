@@ -43,6 +43,7 @@ def standalone(entry: str, names: list[str]) -> dict[str, str]:
     open_names = [(entry, name) for name in names]
     while open_names:
         module_name, name = open_names.pop()
+        assert module_name, f"`from . import {name}` is not found by transformers; import from that module by name"
         if module_name not in modules:
             module = modules[module_name] = _parsed(module_name)
             for i, statement in enumerate(module.statements):
@@ -89,8 +90,7 @@ def _is_for_types(statement: ast.stmt) -> bool:
 
 def _names_of(statement: ast.ImportFrom) -> Imported:
     assert statement.level == 1, "the modules of this package lie in one folder"
-    assert statement.module, "`from . import` is not found by transformers; name the module"
-    return {alias.asname or alias.name: (statement.module, alias.name) for alias in statement.names}
+    return {alias.asname or alias.name: (statement.module or "", alias.name) for alias in statement.names}
 
 
 def _want(module: _Module, i: int) -> list[tuple[str, str]]:
