@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny_models import VOCABULARY, build_tokenizer, save_base
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
+from adapt import adapters
 from adapt.conversion import convert
 
 peft = pytest.importorskip("peft", reason="the peft package is not installed")
@@ -20,16 +22,17 @@ TOKENS = torch.tensor([[5, 41, 7, 92, 13, 200, 3]])
 def train_adapter(base: Path, out: Path, **options) -> Path:
     """An adapter of `base` whose weights are random, as after training."""
     torch.manual_seed(1)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", init_lora_weights=False, **{"target_modules": "all-linear"} | options
-    )
+    usual = {"target_modules": "all-linear", "init_lora_weights": False}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **usual | options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft advises against some of what is tried here
         model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             parameter.data += 0.1
-    model.save_pretrained(out, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(out, save_embedding_layers=False)
     return out
 
 
@@ -64,6 +67,51 @@ def test_a_converted_base_with_adapter_computes_what_peft_does(base_folder, tmp_
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     plain = AutoModelForCausalLM.from_pretrained(base)(TOKENS).logits
     assert (plain - expected).abs().max() > 0.1, "the adapter changes nothing"
+
+
+@pytest.mark.parametrize(
+    "kind, options, by_file",
+    [
+        ("llama", {"lora_alpha": 3, "alpha_pattern": {"q_proj": 5}}, True),
+        ("llama", {"use_dora": True, "target_modules": ["down_proj", "embed_tokens"]}, True),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, True),
+        ("qwen3", {"target_modules": ["k_proj"], "init_lora_weights": "pissa"}, False),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+    ],
+)
+def test_merging_by_file_loads_no_model_and_is_merging_as_a_whole(
+    base_folder, tmp_path, monkeypatch, kind, options, by_file
+) -> None:
+    base = base_folder(kind)
+    adapter = train_adapter(base, tmp_path / "adapter", **options)
+    whole = adapters.merged(AutoModelForCausalLM.from_pretrained(base), adapter).state_dict()
+    loads = []
+    load = adapters.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        adapters.AutoModelForCausalLM, "from_pretrained", lambda *a, **b: loads.append(a) or load(*a, **b)
+    )
+    folder = adapters.merge_folder(base, adapter, tmp_path / "out")
+    assert bool(loads) is not by_file
+    found = load(folder).state_dict()
+    for name, weight in whole.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_merging_by_file_keeps_dtypes_shards_and_metadata(base_folder, lora, tmp_path) -> None:
+    base = base_folder("llama")
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(half, max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    folder = adapters.merge_folder(half, lora, tmp_path / "out")
+    whole = adapters.merged(AutoModelForCausalLM.from_pretrained(half, dtype="auto"), lora).state_dict()
+    files = sorted(path.name for path in half.glob("*.safetensors*"))
+    assert sorted(path.name for path in folder.glob("*.safetensors*")) == files
+    for name in files[:-1]:
+        with safe_open(half / name, "pt") as before, safe_open(folder / name, "pt") as after:
+            assert list(before.keys()) == list(after.keys())
+            assert before.metadata() == after.metadata()
+            for key in before.keys():  # noqa: SIM118
+                assert torch.equal(after.get_tensor(key), whole[key]), key
 
 
 def test_the_folder_of_an_adapter_is_a_base(base_folder, lora, tmp_path) -> None:
@@ -126,6 +174,7 @@ def test_adapters_that_do_not_fit_are_one_line_and_nothing_is_written(base_folde
         (llama, broken, "not the JSON of an adapter"),
         (llama, cut, "does not fit this LlamaForCausalLM"),
         (llama, soft, "no weights to merge"),
+        (llama, train_adapter(llama, tmp_path / "bias", lora_bias=True), "does not fit .*Impossible to merge"),
         (llama, llama, "not a PEFT folder"),
         (llama, tmp_path / "nowhere", "not a PEFT folder"),
         (lora, lora, "is an adapter itself"),
