@@ -1,7 +1,7 @@
-"""Rows of text, prompt/completion or chat messages -> tokenised examples: a context that stays clean, and a target.
+"""Rows of text, prompt/completion, chat messages or token ids -> tokenised examples: a context that stays clean, and a target.
 
 An example is {"context": ids, "target": ids}. The context (a prompt, or just the start-of-text token) is never noised; the
-target is what the model learns to write, and ends in end-of-text.
+target is what the model learns to write, and ends in end-of-text; rows of token ids are such examples already, and end as they do.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from .config import DataConfig
+from .settings import DataConfig
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
+COLUMNS = (("text",), ("prompt", "completion"), ("messages",), ("context", "target"))
 
 
 def load_rows(config: DataConfig) -> Dataset:
@@ -39,7 +39,8 @@ def load_rows(config: DataConfig) -> Dataset:
     if _kind(rows) is None:
         raise ValueError(
             f"data.train={config.train}: has the columns {', '.join(sorted(rows.column_names))}; needs text, or prompt and "
-            "completion, or messages; name them in data.columns, such as {prompt: question, completion: answer}"
+            "completion, or messages, or context and target (token ids); name them in data.columns, such as "
+            "{prompt: question, completion: answer}"
         )
     if len(rows) == 0:
         raise ValueError(f"data.train={config.train}: is empty, nothing to train on; give files with rows in them")
@@ -75,7 +76,7 @@ def load_examples(
         )
     options = {"tokenizer": tokenizer, "piece": piece_length or config.seq_len}
     examples = rows.map(
-        {"text": _from_text, "prompt": _from_prompt, "messages": _from_messages}[kind],
+        {"text": _from_text, "prompt": _from_prompt, "messages": _from_messages, "context": _from_tokens}[kind],
         batched=True,
         batch_size=256,
         remove_columns=rows.column_names,
@@ -200,6 +201,23 @@ def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) 
             contexts.append(_tokens(tokenizer, before))
             targets.append(target)
     return {"context": contexts, "target": targets}
+
+
+def _from_tokens(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> dict:
+    """Examples that are tokenised already, checked: nothing is added."""
+    for context, target in zip(batch["context"], batch["target"], strict=True):
+        ids = [*(context or []), *(target or [])]
+        if not target or not all(isinstance(one, int) and 0 <= one < len(tokenizer) for one in ids):
+            raise ValueError(
+                f"data.train: a row has the target {str(target)[:60]}; columns context and target need lists of token ids from 0 to "
+                f"{len(tokenizer) - 1}, and a target at least one"
+            )
+        if tokenizer.mask_token_id in ids:
+            raise ValueError(
+                f"data.train: a row contains the mask token {tokenizer.mask_token} ({tokenizer.mask_token_id}); remove it from the "
+                "data, or convert with another mask_token"
+            )
+    return {"context": [context or [] for context in batch["context"]], "target": batch["target"]}
 
 
 def _messages(messages: object) -> list[dict]:

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from .attention import Layout
 from .collate import Batch
+from .config import Recipe
+from .engine import whole_weights
 from .model import after_head, hidden_states
 from .objective import RowLoss, cross_entropy
+from .prepare import attention_kernel
 
 
 class Teacher:
@@ -42,17 +45,16 @@ class Teacher:
         return states.flatten(0, 1)[batch["teacher_rows"]]
 
     def row_loss(self, weight: float) -> RowLoss:
-        """(logits, targets, the teacher's hidden states, is_taught) -> -log p + weight x KL of each row, and -log p."""
-
+        """(logits, targets, the teacher's hidden states, is_taught) -> -log p + weight x KL of each row, and (-log p, KL) [n, 2]."""
         head, post = _without_adapters(self.model.get_output_embeddings()), after_head(self.model)
 
         def loss(logits: Tensor, targets: Tensor, hidden: Tensor, is_taught: Tensor) -> tuple[Tensor, Tensor]:
             nll, _ = cross_entropy(logits, targets)
             with torch.no_grad():
                 log_p = post(head(hidden)).float().log_softmax(-1)
-            log_q = logits.log_softmax(-1)[:, : log_p.shape[1]]  # without a mask token's row that the base never had
-            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-            return nll + weight * is_taught * kl, nll
+            log_q = logits.log_softmax(-1)[:, : log_p.shape[1]]  # a teacher from elsewhere has no row for the mask token
+            kl = is_taught * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            return nll + weight * kl, torch.stack([nll, kl], dim=1)
 
         return loss
 
@@ -69,3 +71,14 @@ def load_teacher(folder: str | Path, dtype: torch.dtype, device: torch.device, a
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     model.config.is_causal = True  # the layout says who sees whom
     return Teacher(model.to(device).requires_grad_(False).eval())
+
+
+def teacher_of(recipe: Recipe, model, folder: Path, args: TrainingArguments) -> Teacher | None:
+    """The teacher that a recipe asks for: the model that is trained without its adapters, or a copy of the base; None = none."""
+    if not recipe.objective.distill_weight or recipe.objective.name == "ar":
+        return None
+    if recipe.model.lora is not None:
+        return Teacher(model.get_base_model(), model.disable_adapter)
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    with whole_weights(args):
+        return load_teacher(folder, dtype, args.device, attention_kernel(recipe))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,9 @@ from transformers.trainer_utils import SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 
 from .build_locks import check_build_locks
-from .config import Recipe, TrainingConfig
+from .config import Recipe
 from .nvme import prepare_nvme
+from .settings import TrainingConfig
 from .trackers import PROJECT
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -82,8 +84,17 @@ def _check_known(setting: str, value: str, allowed: list[str]) -> None:
         raise ValueError(f"{setting}={value}: choose one of {', '.join(sorted(allowed))}")
 
 
-def check_schedule(ours: TrainingConfig, num_steps: int) -> None:
-    """ValueError if the schedule refuses its options, which else shows only when all weights are loaded."""
+def check_schedule(ours: TrainingConfig, num_steps: int, is_main: bool) -> None:
+    """ValueError if the schedule refuses its options, which else shows only when all weights are loaded.
+
+    A warm-up that does not end within the run is said and not refused: recipes are tried with a few steps first.
+    """
+    if is_main and ours.lr_scheduler != "constant" and ours.warmup_steps >= num_steps:
+        print(
+            f"training.warmup_steps={ours.warmup_steps}: the run has {num_steps} steps, so it never trains at "
+            f"training.learning_rate={ours.learning_rate:g}; lower it",
+            file=sys.stderr,
+        )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=ours.learning_rate)
     try:
         transformers.get_scheduler(

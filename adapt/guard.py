@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from .collate import PackedRows
-from .config import TrainingConfig
 from .resume import whole_checkpoints
+from .settings import TrainingConfig
 
 _WINDOW = 64  # logged losses that the median of max_loss_ratio is taken over
 _FEWEST = 8  # below so many there is no median to speak of

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .attention import PADDING_DOCUMENT, Layout
-from .canvases import canvas_context_lengths, clean_context_lengths, first_noised_position
 from .checkpoint import DiffusionSpec
+from .context import canvas_context_lengths, clean_context_lengths, first_noised_position
 from .hybrid_noise import corrupt, hybrid_elbo
 from .model import DiffusionLM, hidden_states, output_head
 from .noise import generator_for

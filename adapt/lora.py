@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from .config import LoraConfig
+from .settings import LoraConfig
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, mask_token_id: int | None):

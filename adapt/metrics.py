@@ -4,10 +4,11 @@ The keys of metrics.jsonl. Means are over all tokens of all ranks since the last
 
     step                  optimizer steps since the start of the run
     epoch                 passes over the data
-    loss                  what is minimised: the diffusion loss plus ar_weight times ar_nll
+    loss                  what is minimised: the diffusion loss plus ar_weight times ar_nll, and distill_weight times the KL
     nelbo                 nats/token, an upper bound on the NLL (of the AR objective: the NLL). Absent with a band of times
     noised_nll            nats/token, of the noised tokens, unweighted (of uniform and hybrid noise: the bound's terms)
     ar_nll                nats/token, next token of the clean target. Only where the objective has an AR loss
+    distill_kl            nats/token, KL(original || adapted) of the noised tokens that have a teacher. Only with distillation
     mask_ratio            noised share of the tokens that might have been noised. Absent for uniform and hybrid noise
     grad_norm             L2, over all parameters, before clipping
     learning_rate         of the step
@@ -37,7 +38,17 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 _COUNTS = ("num_tokens", "num_useful", "num_clean")  # of what was computed, whatever came of it
-_SUMS = ("nelbo_sum", "noised_nll_sum", "num_noised", "num_maskable", "ar_nll_sum", "num_ar", *_COUNTS)
+_SUMS = (
+    "nelbo_sum",
+    "noised_nll_sum",
+    "num_noised",
+    "num_maskable",
+    "ar_nll_sum",
+    "num_ar",
+    "distill_kl_sum",
+    "num_taught",
+    *_COUNTS,
+)
 _LINE_EVERY = 10  # seconds, where progress goes to a file
 
 
@@ -79,10 +90,12 @@ class RunningMetrics(TrainerCallback):
         self.sums.zero_()
         self.since = time.perf_counter()
         ar = {"ar_nll": total["ar_nll_sum"] / total["num_ar"]} if total["num_ar"] else {}
+        distill = {"distill_kl": total["distill_kl_sum"] / total["num_taught"]} if total["num_taught"] else {}
         return {
             "nelbo": total["nelbo_sum"] / max(total["num_maskable"], 1),
             "noised_nll": total["noised_nll_sum"] / max(total["num_noised"], 1),
             **ar,
+            **distill,
             "mask_ratio": total["num_noised"] / max(total["num_maskable"], 1),
             "tokens_per_s": total["num_tokens"] / elapsed,
             "useful_tokens_per_s": total["num_useful"] / elapsed,
@@ -188,10 +201,9 @@ class Progress(TrainerCallback):
 def progress_figures(logs: Mapping[str, float]) -> list[str]:
     """key=value of a log, the most important first."""
     bound = "nelbo" if "nelbo" in logs else "noised_nll"
-    figures = [f"{bound}={logs[bound]:.3f}"]
-    if "ar_nll" in logs:
-        figures.append(f"ar_nll={logs['ar_nll']:.3f}")
-    figures.append(f"clean_tokens/s={logs['clean_tokens_per_s']:,.0f}")
+    figures = [f"{name}={logs[name]:.3f}" for name in (bound, "ar_nll", "distill_kl") if name in logs]
+    # Where there is room for two: the loss of many recipes is the bound over again, and the speed is not.
+    figures += [f"clean_tokens/s={logs['clean_tokens_per_s']:,.0f}", f"loss={logs['loss']:.3f}"]
     if "mask_ratio" in logs:
         figures.append(f"mask_ratio={logs['mask_ratio']:.2f}")
     if "grad_norm" in logs:

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from .config import TrainingConfig
+from .settings import TrainingConfig
 
 
 def prepare_nvme(ours: TrainingConfig, sections: list[dict[str, Any]]) -> None:

@@ -3,6 +3,10 @@
 [B, L, V] logits never exist: the rows whose hidden state predicts something are gathered first, and the head runs over them in
 chunks whose gradients are taken at once, in the forward pass (the idea of Liger's fused linear cross-entropy), so that memory
 grows with neither vocabulary x length nor the number of rows, and nothing is computed twice.
+
+    weighted_loss     what a training step minimises: the weights, divided by the step's tokens, are inside (`trainer.py`)
+    diffusion_loss    the public NELBO of -log p that are at hand, a sum and a count: a step reports it and does not minimise it
+
 Shapes: N chosen rows, n of them in a chunk, D hidden size, V vocabulary.
 """
 
@@ -19,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_LOGITS = 2**28  # n x V of a chunk: 0.5 GB in bfloat16
 SLICE_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # of a slice of it: what stays in a CPU's cache; enough to fill a GPU
 
-# (logits [n, V] in float32, tensors of the rows [n, ...]) -> (loss of each row [n], its -log p or bound [n]), nats
+# (logits [n, V] in float32, tensors of the rows [n, ...]) -> (loss of each row [n], for the log its -log p or bound [n], or that
+# and more beside it [n, m]), nats
 RowLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -38,7 +43,7 @@ def weighted_loss(
     weights_N: Tensor,
     num_chunks: int,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of weight x loss over the rows [], their nats [N] without a gradient).
+    """The training step's loss: (sum of weight x loss over the rows [], their nats [N] or [N, m] without a gradient).
 
     The logits are post(linear(hidden)): the model's head, and how it scales and caps what that gives. num_chunks is used where
     the weights are scattered (ZeRO-3): gathering them is a collective, so all ranks must take as many chunks; there the head is

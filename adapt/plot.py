@@ -26,7 +26,7 @@ X = {
     "tokens": ("tokens_seen", "positions computed, padding and noisy copies included"),
 }
 _UNITS = {
-    **dict.fromkeys(("loss", "nelbo", "noised_nll", "ar_nll"), "nats/token"),
+    **dict.fromkeys(("loss", "nelbo", "noised_nll", "ar_nll", "distill_kl"), "nats/token"),
     **dict.fromkeys(("tokens_per_s", "useful_tokens_per_s", "clean_tokens_per_s"), "tokens/s"),
     "elapsed_s": "s",
     "grad_norm": "L2",
@@ -165,7 +165,12 @@ def draw(runs: list[Run], x: str, y: str, smooth: float, out: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if smooth:
-        axes.set_title(f"smoothed, weight {smooth:g}; as reported, faint", fontsize=7.5, color="#64748b", loc="right")
+        axes.set_title(
+            f"smoothed, weight {smooth:g} per logged line; as reported, faint",
+            fontsize=7.5,
+            color="#64748b",
+            loc="right",
+        )
     # Never over a curve.
     few = sum(len(run.label) + 8 for run in runs) <= 90  # what fits side by side over the axes
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": len(runs)} if few else {"loc": "outside right upper"}
@@ -189,7 +194,9 @@ def table(runs: list[Run], x: str, y: str, smooth: float) -> str:
     curves = [smoothed(run.curve(X[x][0], y)[1], smooth) for run in runs]
     finite = [[value for value in curve if math.isfinite(value)] or [math.nan] for curve in curves]
     low, high = min(map(min, finite)), max(map(max, finite))
-    rows = [["run", "steps", "clean tokens", f"last {y}", name, "clean tokens/s", "curve"]]
+    unit = f" ({_UNITS[y]})" if y in _UNITS else ""
+    how = f", smoothed {smooth:g}" if smooth else ""
+    rows = [["run", "steps", "clean tokens", f"last {y}{unit}{how}", name, "clean tokens/s", "curve"]]
     for run, curve, values in zip(runs, curves, finite, strict=True):
         end = run.lines[-1]
         seen, seconds = end.get("clean_tokens_seen"), end.get("elapsed_s")
@@ -233,7 +240,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "runs", type=str, nargs="+", metavar="RUN", help="a run's folder or metrics.jsonl, or name=path"
     )
-    parser.add_argument("--x", type=str, default="clean_tokens", choices=sorted(X), help="what the curves run over")
+    parser.add_argument("--x", default="clean_tokens", choices=sorted(X), help="what the curves run over")
     parser.add_argument(
         "--y",
         type=str | None,
@@ -242,7 +249,10 @@ def main(argv: list[str]) -> None:
         "default: nelbo, or what all runs report of noised_nll and loss",
     )
     parser.add_argument(
-        "--smooth", type=float, default=0.0, help="weight of the exponential mean, 0 to below 1; 0 = as reported"
+        "--smooth",
+        type=float,
+        default=0.0,
+        help="weight of the exponential mean, per logged line, 0 to below 1 (0.9 averages about 10 lines); 0 = as reported",
     )
     parser.add_argument(
         "--out", type=str | None, default=None, help="a .png, .svg or .pdf file; default: Y.png in the current folder"

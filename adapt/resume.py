@@ -10,8 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from .config import DataConfig, ModelConfig, Recipe, TrainingConfig
+from .config import Recipe
 from .manifest import COMPLETE, damage, data_files, gathered, read_manifest, versions
+from .settings import DataConfig, ModelConfig, TrainingConfig
 
 # What a run that goes on may have changed: where and how it computes, not what.
 _FREE = {

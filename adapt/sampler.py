@@ -8,57 +8,18 @@ Shapes: B rows, P prompt tokens, C canvas tokens, L = P + C, A rows still being 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from .attention import PADDING_DOCUMENT, Layout, layer_windows
-from .canvases import clean_context_lengths
+from .context import Context, clean_context_lengths, parts
+from .guesses import SamplerConfig, draw, keep
 from .hybrid_noise import uniform_tokens
 from .model import DiffusionLM, hidden_states, output_head
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """Which guesses are kept in a round: those at or above `threshold`, or the `tokens_per_step` most confident."""
-
-    threshold: float | None = 0.9
-    """keep guesses with p >= threshold, and always the surest one (Fast-dLLM, arXiv:2505.22618); None = do not"""
-    tokens_per_step: int | None = None
-    """keep this many most confident guesses a round instead (low-confidence remasking, LLaDA, arXiv:2502.09992)"""
-    order: str = "confidence"
-    """confidence: keep guesses anywhere; left_to_right: the leftmost blank and the run of guesses after it that pass"""
-    canvas_length: int | None = None
-    """blanks guessed at a time, from the first one on: the canvas moves along, and what it leaves behind joins the
-    cached context (prefix attention; for models trained with data.canvas_start=anywhere). None = all at a time"""
-    temperature: float = 0.0
-    """0 = the most likely token; confidence is the probability of the drawn token at temperature 1 in any case"""
-    top_p: float = 1.0
-    """draw from the smallest set of tokens that holds this much probability"""
-
-    def __post_init__(self) -> None:
-        if (self.threshold is None) == (self.tokens_per_step is None):
-            raise ValueError(
-                f"sampler.threshold={self.threshold} and sampler.tokens_per_step={self.tokens_per_step}: set exactly "
-                "one (the other to null)"
-            )
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"sampler.threshold={self.threshold}: must lie in (0, 1]")
-        if self.tokens_per_step is not None and self.tokens_per_step < 1:
-            raise ValueError(f"sampler.tokens_per_step={self.tokens_per_step}: must be at least 1")
-        if self.order not in ("confidence", "left_to_right"):
-            raise ValueError(f"sampler.order={self.order}: choose one of confidence, left_to_right")
-        if self.canvas_length is not None and self.canvas_length < 1:
-            raise ValueError(f"sampler.canvas_length={self.canvas_length}: must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"sampler.temperature={self.temperature}: must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampler.top_p={self.top_p}: must lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -197,7 +158,7 @@ class _Refinement:
         batch, device = len(self.tokens), self.tokens.device
         rows = torch.arange(batch, device=device)  # those still being written
         start = torch.full((batch,), num_prompt if cached else 0, device=device)  # where each row's canvas begins
-        context = _Context.empty(batch, device) if cached else None
+        context = Context.empty(batch, device) if cached else None
         nfe, row_nfe = 0, torch.zeros_like(rows)
         while len(rows):
             # 1. The canvas of each row: its blanks, and what is settled between them.
@@ -210,7 +171,7 @@ class _Refinement:
             blanks = self.is_blank[rows[:, None], columns] & is_canvas
             guesses, confidence = self._guess(hidden, blanks)
             # 3. Keep the sure ones; the others stay blank.
-            row, place = self._keep(confidence).nonzero(as_tuple=True)
+            row, place = keep(confidence, self.sampler).nonzero(as_tuple=True)
             kept = rows[row], columns[row, place]
             self.tokens[kept], self.is_blank[kept] = guesses[row, place], False
             # 4. Cut what lies behind an end-of-text, and stop. Rows with nothing left to write leave the batch.
@@ -245,7 +206,7 @@ class _Refinement:
         causal = self.lm.spec.clean_context == "causal"
         return torch.maximum(block_start, self.first_blank[rows]) if causal else block_start
 
-    def _forward(self, rows: Tensor, start: Tensor, context: _Context | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, rows: Tensor, start: Tensor, context: Context | None) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden states that predict the canvas [A, W, D], its columns [A, W], which of them are canvas [A, W]).
 
         One forward over what joined the context since the last round, M columns, and the canvas, W columns: rows may
@@ -265,7 +226,7 @@ class _Refinement:
         columns = start[:, None] + torch.arange(-num_new, width, device=rows.device)
         valid = (columns >= num_cached[:, None]) & (columns < end[:, None])
         columns = columns.clamp(0, length - 1)
-        document_ids, view_ids, position_ids = (x[rows[:, None], columns] for x in _parts(self.layout))
+        document_ids, view_ids, position_ids = (x[rows[:, None], columns] for x in parts(self.layout))
         view_ids[:, :num_new] = 0
         if self.block_size is not None:
             view_ids[:, num_new:] = 1
@@ -308,37 +269,10 @@ class _Refinement:
             raise ValueError(
                 f"dtype={self.lm.model.dtype}: the model computes NaN here; load it in bfloat16 or float32"
             )
-        tokens, probability = self._draw(logits)
+        tokens, probability = draw(logits, self.sampler, self.generator)
         guesses = torch.zeros(blanks.shape, dtype=torch.long, device=blanks.device).masked_scatter_(blanks, tokens)
         confidence = torch.full(blanks.shape, -1.0, device=blanks.device).masked_scatter_(blanks, probability)
         return guesses, confidence
-
-    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = logits.softmax(-1)
-        if self.sampler.temperature == 0:
-            probability, tokens = probabilities.max(-1)
-            return tokens, probability
-        drawn_from = (logits / self.sampler.temperature).softmax(-1)
-        if self.sampler.top_p < 1:
-            ordered, order = drawn_from.sort(-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= self.sampler.top_p  # the first token is never outside
-            drawn_from = torch.zeros_like(drawn_from).scatter_(-1, order, ordered.masked_fill(outside, 0))
-        tokens = torch.multinomial(drawn_from, 1, generator=self.generator).squeeze(-1)
-        return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1)
-
-    def _keep(self, confidence: Tensor) -> Tensor:
-        """Which guesses are kept, [A, W]; at least one in each row that has a blank."""
-        blank = confidence >= 0
-        left_to_right = self.sampler.order == "left_to_right"
-        from_left = torch.arange(confidence.shape[1], 0, -1, device=blank.device).expand_as(blank).where(blank, 0)
-        ranking = from_left if left_to_right else confidence
-        best = ranking.topk(min(self.sampler.tokens_per_step or 1, confidence.shape[1]), dim=1).indices
-        kept = torch.zeros_like(blank).scatter_(1, best, True)
-        if self.sampler.threshold is not None:
-            kept |= confidence >= self.sampler.threshold
-        if left_to_right:
-            kept &= (blank & ~kept).cumsum(1) == 0  # nothing behind a guess that does not pass
-        return kept & blank
 
     def _cut(self, rows: Tensor, num_prompt: int, end_of_text: int) -> None:
         """Behind the first kept end-of-text nothing is attended to and nothing is written any more."""
@@ -363,49 +297,6 @@ class _Refinement:
         if end_of_text is not None:
             written = written & ((self.tokens[:, num_prompt:] == end_of_text).cumsum(1) == 0)
         return written.sum(1)
-
-
-class _Context:
-    """What stands before the canvas: its KV cache, and where each slot of it stands. Rows may differ in length."""
-
-    def __init__(self, cache: DynamicCache, layout: Layout, num_columns: Tensor) -> None:
-        self.cache, self.layout, self.num_columns = cache, layout, num_columns
-        self.last_hidden: Tensor | None = None  # [A, 1, D], predicts the canvas' first token where logits are shifted
-
-    @staticmethod
-    def empty(batch: int, device: torch.device) -> _Context:
-        nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
-        return _Context(
-            DynamicCache(), Layout(nothing, nothing, nothing), torch.zeros(batch, dtype=torch.long, device=device)
-        )
-
-    def followed_by(self, layout: Layout) -> Layout:
-        both = Layout(*(torch.cat(pair, dim=1) for pair in zip(_parts(self.layout), _parts(layout), strict=True)))
-        if layout.context_lengths is None:
-            return both
-        asks_nothing = torch.zeros_like(self.layout.position_ids)  # cached tokens are keys only
-        return dataclasses.replace(both, context_lengths=torch.cat([asks_nothing, layout.context_lengths], dim=1))
-
-    def append(self, layout: Layout, hidden: Tensor, num_new: int, num_columns: Tensor) -> Tensor | None:
-        """Keeps the first num_new of the slots that a forward has added; the last hidden state of each context."""
-        self.cache.crop(num_new - hidden.shape[1])  # negative: forget that many of the newest
-        self.layout = self.followed_by(Layout(*(x[:, :num_new] for x in _parts(layout))))
-        if num_new:
-            newest, grew = hidden[:, num_new - 1 : num_new], (num_columns > self.num_columns)[:, None, None]
-            self.last_hidden = newest if self.last_hidden is None else torch.where(grew, newest, self.last_hidden)
-        self.num_columns = num_columns.clone()
-        return self.last_hidden
-
-    def select(self, going: Tensor) -> None:
-        """Keeps the rows where going [A] is True."""
-        self.cache.batch_select_indices(going.nonzero().flatten())
-        self.layout = Layout(*(x[going] for x in _parts(self.layout)))
-        self.num_columns = self.num_columns[going]
-        self.last_hidden = None if self.last_hidden is None else self.last_hidden[going]
-
-
-def _parts(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    return layout.document_ids, layout.view_ids, layout.position_ids
 
 
 def _check_prompt(lm: DiffusionLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:

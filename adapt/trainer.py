@@ -9,7 +9,6 @@ the tokens of that whole global batch, so the curve is the same for any split ov
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -19,17 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     PrinterCallback,
     Trainer,
-    TrainingArguments,
 )
 
 from .arguments import wait_for_rank_zero
@@ -37,18 +34,18 @@ from .attention import Layout
 from .canvases import Canvases
 from .checkpoint import DiffusionSpec
 from .collate import Batch, PackedRows, collate
-from .config import NoiseConfig, ObjectiveConfig, Recipe, parse_recipe
-from .data import lengths, load_examples, load_rows
-from .distill import Teacher, load_teacher
+from .config import Recipe, ignored_by_ar, parse_recipe
+from .data import load_examples, load_rows
+from .distill import Teacher, teacher_of
 from .engine import check_schedule, training_arguments, whole_weights
 from .guard import StepGuard, Terminated, failures_name_the_checkpoint, start_worker
 from .hybrid_noise import hybrid_loss
 from .metrics import MetricsFile, Progress, RunningMetrics
 from .model import Term
 from .objective import RowLoss, cross_entropy, diffusion_loss
-from .packing import Packing
 from .prepare import attention_kernel, check_base, diffusion_checkpoint, prepared
 from .resume import newest_checkpoint, remove_unfinished, whole_checkpoints
+from .rows import check_curriculum, packed_rows, summary, that_fit
 from .saving import facts, save_final, save_provenance, sealed_checkpoint
 from .trackers import RecipeInTrackers
 from .universal import read_on_any_ranks
@@ -107,6 +104,11 @@ class DiffusionTrainer(Trainer):
             router_weight=1 / self.args.gradient_accumulation_steps,  # a mean over micro-batches, not over tokens
         )
         # 3. For the log, on the device.
+        none = torch.zeros_like(inputs["num_maskable"])
+        taught = {"distill_kl_sum": none, "num_taught": none}
+        if self.teacher is not None:
+            nats[0], kl = nats[0].unbind(1)
+            taught = {"distill_kl_sum": kl.sum(), "num_taught": inputs["is_taught"].sum()}
         nll, ar_nll = torch.cat(nats).split([len(inputs["rows"]), len(inputs["ar_rows"])])
         if self.is_ar:  # the NLL is what its NELBO is: every target token is predicted, once
             num_ar = torch.full_like(inputs["num_maskable"], len(ar_nll))
@@ -114,7 +116,11 @@ class DiffusionTrainer(Trainer):
         else:
             _, _, metrics = diffusion_loss(nll, inputs["elbo_weight"], inputs["num_maskable"])
         metrics |= {name: inputs[name] for name in ("num_useful", "num_clean")}
-        metrics |= {"ar_nll_sum": ar_nll.sum(), "num_ar": torch.full_like(inputs["num_maskable"], len(ar_nll))}
+        metrics |= {
+            "ar_nll_sum": ar_nll.sum(),
+            "num_ar": torch.full_like(inputs["num_maskable"], len(ar_nll)),
+            **taught,
+        }
         self.metrics.add(metrics, num_tokens=inputs["input_ids"].numel())
         return self.guard.weigh_loss(loss, self)
 
@@ -273,13 +279,13 @@ def train(recipe: Recipe) -> Path:
             piece_length=canvases.piece_length(recipe.data.seq_len),
             is_main_process=is_main,
         )
-    examples = _that_fit(recipe, canvases, examples, is_main)
-    if is_main and canvases.is_ar and (ignored := _ignored_by_ar(recipe)):
+    examples = that_fit(recipe, canvases, examples, is_main)
+    if is_main and canvases.is_ar and (ignored := ignored_by_ar(recipe)):
         print(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}", file=sys.stderr)
-    dataset, longest_canvas = _packed_rows(recipe, canvases, examples)
+    dataset, longest_canvas = packed_rows(recipe, canvases, examples)
     args.max_steps = len(dataset) // recipe.training.global_batch_size
-    check_schedule(recipe.training, args.max_steps)
-    _check_curriculum(recipe, args.max_steps)
+    check_schedule(recipe.training, args.max_steps, is_main)
+    check_curriculum(recipe, args.max_steps)
     resharding = read_on_any_ranks(checkpoint, args)
     sampled = None
     if recipe.training.sample_steps:
@@ -290,13 +296,13 @@ def train(recipe: Recipe) -> Path:
     if is_main:
         save_provenance(recipe, about, output_dir)
         remove_unfinished(output_dir, checkpoint)
-        print(_summary(dataset, checkpoint, args), file=sys.stderr)
+        print(summary(dataset, checkpoint, args), file=sys.stderr)
     trainer = DiffusionTrainer(
         recipe,
         canvases,
         longest_canvas,
         about,
-        _teacher(recipe, model, folder, args),
+        teacher_of(recipe, model, folder, args),
         model=model,
         args=args,
         train_dataset=dataset,
@@ -316,85 +322,6 @@ def train(recipe: Recipe) -> Path:
         trainer.guard.told(trainer)
         save_final(trainer, recipe, folder, final)
     return final
-
-
-def _teacher(recipe: Recipe, model, folder: Path, args: TrainingArguments) -> Teacher | None:
-    if not recipe.objective.distill_weight or recipe.objective.name == "ar":
-        return None
-    if recipe.model.lora is not None:
-        return Teacher(model.get_base_model(), model.disable_adapter)
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    with whole_weights(args):
-        return load_teacher(folder, dtype, args.device, attention_kernel(recipe))
-
-
-def _ignored_by_ar(recipe: Recipe) -> list[str]:
-    """The settings of objective and noise that are not the defaults and mean nothing to the AR objective."""
-    ours = {"objective": (recipe.objective, ObjectiveConfig(name="ar")), "noise": (recipe.noise, NoiseConfig())}
-    return [
-        f"{section}.{field.name}"
-        for section, (given, default) in ours.items()
-        for field in dataclasses.fields(given)
-        if getattr(given, field.name) != getattr(default, field.name)
-    ]
-
-
-def _check_curriculum(recipe: Recipe, num_steps: int) -> None:
-    """ValueError if attention would not have reached, by the end, what the checkpoint says of it."""
-    objective = recipe.objective
-    for setting, last in (
-        ("block_sizes", max(objective.block_sizes, default=0)),
-        ("anneal_steps", objective.anneal_steps),
-    ):
-        if last and last >= num_steps:
-            raise ValueError(
-                f"objective.{setting}={getattr(objective, setting)}: the run has {num_steps} steps, so attention would never be "
-                f"what the checkpoint says; let it end before step {num_steps}"
-            )
-
-
-def _that_fit(recipe: Recipe, canvases: Canvases, examples: Dataset, is_main: bool) -> Dataset:
-    """The examples that fit into a row with all their copies, in any epoch: a run of days must not end at one long tail."""
-    seq_len = recipe.data.seq_len
-    needed = canvases.room_needed(lengths(examples, "context"), lengths(examples, "target"))
-    fits = needed <= seq_len
-    if fits.all():
-        return examples
-    too_long = f"data.seq_len={seq_len}: {(~fits).sum()} of {len(fits)} examples take more with all their copies, up to {needed.max()}"
-    if recipe.data.too_long == "error":
-        raise ValueError(f"{too_long}; set data.seq_len={needed.max()}, data.too_long=drop, or lower objective.views")
-    if not fits.any():
-        raise ValueError(f"{too_long}, and data.too_long=drop leaves none; set data.seq_len={needed.min()} or more")
-    if is_main:
-        print(f"{too_long}: dropped", file=sys.stderr)
-    return examples.select(np.flatnonzero(fits))
-
-
-def _packed_rows(recipe: Recipe, canvases: Canvases, examples: Dataset) -> tuple[PackedRows, int]:
-    """(the rows that the run reads; tokens of the longest stretch in which attention is bidirectional)."""
-    ours = recipe.training
-    contexts, targets = lengths(examples, "context"), lengths(examples, "target")
-    packing = Packing(partial(canvases.sizes, contexts, targets), recipe.data.seq_len, ours.seed)
-    num_steps = ours.num_steps or packing.num_rows(ours.num_epochs or 0) // ours.global_batch_size
-    if num_steps == 0:
-        raise ValueError(
-            f"training.num_epochs={ours.num_epochs}: the data has {packing.num_rows(1)} packed rows an epoch, too few for one "
-            f"step of training.global_batch_size={ours.global_batch_size}; lower it, or set training.num_steps"
-        )
-    longest_canvas = canvases.longest_canvas(contexts, targets)
-    rows = PackedRows(examples, packing, canvases, num_steps * ours.global_batch_size, ours.global_batch_size)
-    return rows, longest_canvas
-
-
-def _summary(rows: PackedRows, checkpoint: Path | None, args: TrainingArguments) -> str:
-    packing = rows.packing
-    per_epoch = packing.num_rows(1)
-    fill = packing.sizes(0).sum() / (per_epoch * packing.seq_len)
-    how = f"from step {checkpoint.name.rsplit('-', 1)[1]} ({checkpoint})" if checkpoint else "from the start"
-    return (
-        f"{packing.num_examples:,} examples in {per_epoch:,} rows of {packing.seq_len} tokens ({fill:.0%} full); "
-        f"{args.max_steps:,} steps of {len(rows) // args.max_steps} rows on {args.world_size} rank{'s' * (args.world_size > 1)}, {how}"
-    )
 
 
 def _quiet_libraries() -> None:

@@ -12,6 +12,7 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 REFERENCE = "block 16"
 _BIDIRECTIONAL = {"model.attention": "bidirectional"}
 _BLOCK_16 = {"model.attention": "block", "model.block_size": 16}
+_SHIFT_AND_AR = {"model.shift_logits": True, "objective.ar_weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,23 @@ ARMS: dict[str, Arm] = {
     "block 16, curriculum 1, 4, 16": Arm({**_BLOCK_16, "objective.block_sizes": {"0": 1, "@0.2": 4, "@0.5": 16}}),
     "block 16, LoRA": Arm({**_BLOCK_16, "model.lora.r": 16, "model.lora.alpha": 32}, first_rates=(3e-3, 1e-2)),
     "block 16, clean context block": Arm({**_BLOCK_16, "model.clean_context": "block"}),
-    "block 16, shift, AR loss": Arm({**_BLOCK_16, "model.shift_logits": True, "objective.ar_weight": 1.0}),
+    "block 16, shift, AR loss": Arm({**_BLOCK_16, **_SHIFT_AND_AR}),
     "block 16, weight uniform": Arm({**_BLOCK_16, "objective.weight": "uniform"}),
     "block 16, weight cart": Arm({**_BLOCK_16, "objective.weight": "cart"}),
     "bidirectional, uniform noise": Arm({**_BIDIRECTIONAL, "noise.kind": "uniform"}),
     "bidirectional, hybrid noise": Arm({**_BIDIRECTIONAL, "noise.kind": "hybrid"}),
+    "block 16, shift, AR loss, weight cart": Arm({**_BLOCK_16, **_SHIFT_AND_AR, "objective.weight": "cart"}),
+    "block 16, shift, AR loss, complementary": Arm(
+        {**_BLOCK_16, **_SHIFT_AND_AR, "objective.views": 2, "objective.complementary": True}
+    ),
+    "block 16, shift, AR loss, curriculum 1, 4, 16": Arm(
+        {**_BLOCK_16, **_SHIFT_AND_AR, "objective.block_sizes": {"0": 1, "@0.2": 4, "@0.5": 16}}
+    ),
+    "block 4, shift, AR loss, weight cart": Arm(
+        {**_BLOCK_16, "model.block_size": 4, **_SHIFT_AND_AR, "objective.weight": "cart"}
+    ),
+    "block 16, shift, AR loss, weight uniform": Arm({**_BLOCK_16, **_SHIFT_AND_AR, "objective.weight": "uniform"}),
+    "block 16, shift, AR loss, distillation": Arm({**_BLOCK_16, **_SHIFT_AND_AR, "objective.distill_weight": 1.0}),
 }
 
 

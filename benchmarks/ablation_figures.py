@@ -1,29 +1,34 @@
-"""Raw runs -> bounds with intervals, one table and one plot."""
+"""Raw runs -> bounds with intervals, tables and one plot."""
 
 from __future__ import annotations
 
 import json
 import platform
-import shlex
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation_arms import ARMS, LADDER, REFERENCE
+from ablation_arms import ARMS, REFERENCE
+from ablation_plan import Plan, best_rate, tuned
 from ablation_runs import Task
-from ablation_texts import length_nats
+from ablation_texts import Text, length_nats
 
 from adapt_eval import stats
 
-FOLLOWS = "## What follows"  # written by hand, kept when the document is written anew
 OUT_OF_TIME = "not finished: out of time"
 
 
 def read_runs(path: Path, without_failed: bool = False) -> dict[str, dict[str, Any]]:
     """Task key -> its row (of several the last), of a file that may not be there yet; a failed run counts as done, or not."""
     rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    by_key = {Task(**{name: row[name] for name in Task.__dataclass_fields__}).key: row for row in rows}
+    by_key = {_task(row).key: row for row in rows}
     return {key: row for key, row in by_key.items() if not (without_failed and "error" in row)}
+
+
+def _task(row: dict[str, Any]) -> Task:
+    """Of a row, which may be older than a field that has a default."""
+    return Task(**{one.name: row[one.name] for one in fields(Task) if one.name in row or one.default is MISSING})
 
 
 def append_run(path: Path, row: dict[str, Any]) -> None:
@@ -31,9 +36,9 @@ def append_run(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def per_token(row: dict[str, Any], texts: list[list[int]]) -> float:
+def per_token(row: dict[str, Any], texts: list[Text]) -> float:
     """NELBO of a run, nats/token."""
-    return sum(row["nelbo"]) / sum(len(text) for text in texts[: len(row["nelbo"])])
+    return sum(row["nelbo"]) / sum(len(text.ids) for text in texts[: len(row["nelbo"])])
 
 
 def hardware() -> str:
@@ -43,23 +48,22 @@ def hardware() -> str:
 
 
 def results(
-    plan: Any,
+    plan: Plan,
     names: list[str],
     done: dict[str, dict[str, Any]],
-    train_texts: list[list[int]],
-    texts: list[list[int]],
+    train_texts: list[Text],
+    texts: list[Text],
     base_nats: list[float],
+    longest: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(one row an arm, in their order; figures of the texts).
 
     Bounds are nats/token: means over texts, each weighing by its length, and over seeds.
-    A bidirectional arm is told how long a text is; -log p(length) is added, ablation_texts.length_nats.
+    A bidirectional arm is told how long a text is; -log p(length) is added, ablation_texts.length_nats: lengths up to `longest`.
     """
-    from ablations import best_rate, tuned
-
-    mean_length = float(np.mean([len(text) for text in texts]))
-    lengths = [len(text) for text in texts]
-    length_cost = length_nats([len(text) for text in train_texts], lengths, max(lengths + [511]))
+    lengths = [len(text.ids) for text in texts]
+    mean_length = float(np.mean(lengths))
+    length_cost = length_nats([len(text.ids) for text in train_texts], lengths, longest)
     rows, items = [], {}
     for name in names:
         arm = ARMS[name]
@@ -73,7 +77,7 @@ def results(
         if best is None:
             row["error"] = next((r["error"] for r in tried.values() if "error" in r), OUT_OF_TIME)
             continue
-        row |= {"learning_rate": best, "at_edge": best in (LADDER[0], LADDER[-1])}
+        row |= {"learning_rate": best, "at_edge": best in (plan.ladder[0], plan.ladder[-1])}
         finals = [done[task.key] for task in plan.final(name, best) if task.key in done]
         errors = [final["error"] for final in finals if "error" in final]
         finals = [final for final in finals if "error" not in final]
@@ -126,68 +130,7 @@ def _against(reference: np.ndarray, arm: np.ndarray) -> dict[str, Any]:
     return {"delta": found.delta, "ci95": found.ci95, "separated": bool(apart)}
 
 
-def write(out: Path, rows: list[dict[str, Any]], plan: Any, training: list[Any], texts: dict[str, Any]) -> None:
-    """The document and, beside it, its plot; what stands under FOLLOWS in an older one is kept."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    plot(out.with_suffix(".png"), rows)
-    old = out.read_text() if out.exists() else ""
-    follows = old[old.index(FOLLOWS) :] if FOLLOWS in old else ""
-    out.write_text("\n".join(_document(out, rows, plan, training, texts)) + ("\n\n" + follows if follows else "\n"))
-
-
-def _document(out: Path, rows: list, plan: Any, training: list, texts: dict[str, Any]) -> list[str]:
-    sampled, kept = sum(c.sampled for c in training), sum(len(c.kept) for c in training)
-    ended = sum(c.ended for c in training)
-    share = kept / sampled
-    return [
-        "# What works best: one model, one text, equal tokens",
-        "",
-        f"{', '.join(texts['dates'])}; {'; '.join(texts['hardware'])}; fp32; revision {', '.join(texts['revisions'])}; "
-        f"{texts['num_runs']} runs, {texts['failed']} of them failed. Written by",
-        "",
-        f"    python {_command(out, plan)}",
-        "",
-        f"**Text.** What the base wrote at temperature 1: {sampled} samples, of which {ended / sampled:.1%} ended within the context "
-        f"and {share:.1%} did and tokenise back to the same tokens; those are kept. {plan.heldout} further ones, "
-        f"{texts['mean_length']:.0f} tokens on average, are scored and never trained on. The base's own NLL of them is "
-        f"{texts['base_nll']:.4f} nats/token. Keeping a share Z makes their entropy the NLL plus "
-        f"log Z, {np.log(share) / texts['mean_length']:+.4f} "
-        "nats/token, so that KL(kept texts || adapted) is at most the bound below "
-        f"{-np.log(share) / texts['mean_length']:+.4f}, the same for all arms.",
-        "",
-        "**Bound.** NELBO minus the base's NLL of the same texts, nats/token: an upper bound on what adaptation lost. Block arms are "
-        "scored block by block, with the last block full of end-of-text. Bidirectional arms are told a text's length, so "
-        f"-log p(length) under the training texts' histogram is added to theirs ({texts['length_cost']:.4f} nats/token). "
-        f"{plan.samples} Monte-Carlo samples a text, from one seed for all arms (standard error of a bound at most, its strata "
-        "taken for independent, "
-        f"{max((row['mc_stderr'] for row in rows if 'mc_stderr' in row), default=0):.4f}). Interval: 95 %, "
-        f"bootstrap over {plan.heldout} texts "
-        f"of the mean of {plan.seeds} seeds; the seeds stand beside it. *Drift*: NLL of the same weights read left to right, minus "
-        "the base's.",
-        "",
-        f"**Training.** {plan.tokens:,} clean tokens, each read once, about {plan.row_tokens} or a little fewer in a step; the same "
-        "texts in every arm. The learning rate is tuned with seed 0 on "
-        f"{plan.tune_tokens:,} tokens and {plan.tune_heldout} texts, along a ladder until the neighbours of the best are worse; ! "
-        "marks an end of the ladder. *Positions*: computed for each clean token, padding included. *CPU s*: of one training. "
-        f"*Against*: difference to {REFERENCE}, paired; = where texts or seeds do not separate the two.",
-        "",
-        *_table(rows),
-        "",
-        f"![bounds of all arms]({out.with_suffix('.png').name})",
-        "",
-        "Learning rates tried, nats/token of NELBO:",
-        "",
-        *_tuning_table(rows),
-    ]
-
-
-def _command(out: Path, plan: Any) -> str:
-    """What leads to these figures, without what changes none of them (folders, workers, calls that were cut short)."""
-    options = [word for name, value in vars(plan).items() for word in (f"--{name}", str(value))]
-    return shlex.join(["benchmarks/ablations.py", "--base", "path/to/base", "--out", str(out), *options])
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| arm | learning rate | positions | CPU s | bound [95 %] | seeds | against | drift |",
         "|---|---|---|---|---|---|---|---|",
@@ -211,7 +154,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _tuning_table(rows: list[dict[str, Any]]) -> list[str]:
+def tuning_table(rows: list[dict[str, Any]]) -> list[str]:
     rates = sorted({rate for row in rows for rate in row["tuning"]})
     lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
     for row in rows:

@@ -11,10 +11,14 @@ import traceback
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it imports torch, which `start_worker` must precede
+    from ablation_texts import Text
 
 EVALUATION_SEED = 1234  # of the Monte-Carlo noise: one for all arms
 BATCH = 16  # texts in a forward when scoring
+AR_BATCH = 4  # and when reading left to right, where a large vocabulary's logits are all there at once
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,15 @@ class Task:
     learning_rate: float
     seed: int
     num_tokens: int
-    """clean tokens to train on, each once"""
+    """clean tokens to train on, each once, without prompts"""
     num_heldout: int
     """texts"""
     num_samples: int
     """Monte-Carlo samples of each text's NELBO"""
     row_tokens: int
     """clean tokens of an optimizer step, about: one packed row"""
+    precision: str = "fp32"
+    """of training"""
 
     @property
     def key(self) -> str:
@@ -50,7 +56,7 @@ def start_worker(log: Path) -> None:
     torch.set_num_threads(1)
 
 
-def run(task: Task, source: Path, work: Path, train_texts: list[list[int]], heldout: list[list[int]]) -> dict[str, Any]:
+def run(task: Task, source: Path, work: Path, train_texts: list[Text], heldout: list[Text]) -> dict[str, Any]:
     """The task's fields and what came of it, {"error": one line} if it failed; never raises for a failed training."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     scratch = work / f"run-{os.getpid()}"
@@ -66,7 +72,7 @@ def run(task: Task, source: Path, work: Path, train_texts: list[list[int]], held
 
 
 def _run(
-    task: Task, source: Path, work: Path, scratch: Path, train_texts: list[list[int]], heldout: list[list[int]]
+    task: Task, source: Path, work: Path, scratch: Path, train_texts: list[Text], heldout: list[Text]
 ) -> dict[str, Any]:
     from ablation_arms import ARMS, recipe_arguments
     from ablation_texts import write_base
@@ -78,12 +84,14 @@ def _run(
     # 1. The texts that are read once, and the recipe.
     arm = ARMS[task.arm]
     name = f"random-{task.seed}" if arm.from_scratch else "base"
-    base = write_base(source, work / name, task.seed if arm.from_scratch else None)
+    prompted = bool(heldout[0].context)
+    base = write_base(source, work / name, task.seed if arm.from_scratch else None, end_is_start=not prompted)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     chosen = texts_of(train_texts, task.num_tokens)
     documents = scratch / "texts.jsonl"
-    documents.write_text("".join(json.dumps({"text": tokenizer.decode(ids[:-1])}) + "\n" for ids in chosen))
-    steps = sum(len(ids) + 1 for ids in chosen) // task.row_tokens  # about: for shares of the run
+    documents.write_text("".join(json.dumps(text.row(tokenizer)) + "\n" for text in chosen))
+    lengths = [len(text.context or [0]) + len(text.ids) for text in chosen]
+    steps = sum(lengths) // task.row_tokens  # about: for shares of the run
     settings = {
         "model.base": base,
         "data.train": documents,
@@ -95,7 +103,7 @@ def _run(
         "training.learning_rate": task.learning_rate,
         "training.warmup_steps": max(1, steps // 10),
         "training.weight_decay": 0.0,
-        "training.precision": "fp32",
+        "training.precision": task.precision,
         "training.seed": task.seed,
         "training.logging_steps": 20,
     }
@@ -120,20 +128,20 @@ def _run(
     }
 
 
-def texts_of(texts: list[list[int]], num_tokens: int) -> list[list[int]]:
+def texts_of(texts: list[Text], num_tokens: int) -> list[Text]:
     """The first texts that together have that many tokens; ValueError if there are too few."""
     total, chosen = 0, []
-    for ids in texts:
+    for text in texts:
         if total >= num_tokens:
             break
-        total += len(ids)
-        chosen.append(ids)
+        total += len(text.ids)
+        chosen.append(text)
     if total < num_tokens:
         raise ValueError(f"--tokens={num_tokens}: only {total} tokens were sampled; lower it, or raise --chunks")
     return chosen
 
 
-def score(folder: Path, texts: list[list[int]], num_samples: int) -> dict[str, Any]:
+def score(folder: Path, texts: list[Text], num_samples: int) -> dict[str, Any]:
     """{"nelbo": nats of each text, "mc_stderr": its error, "ar_nll": nats of each text read left to right, or None}.
 
     Block models score a text with its last block filled up with end-of-text, as they write it and were trained to.
@@ -145,35 +153,47 @@ def score(folder: Path, texts: list[list[int]], num_samples: int) -> dict[str, A
 
     # Probed at conversion. A model that a high learning rate has brought to one constant answer would fail here: it is a result.
     lm = load(folder, dtype=torch.float32, device="cpu", attn_implementation="sdpa_pieces", verify=False)
-    start, end = lm.start_token_id, texts[0][-1]
+    tokenizer: Any = lm.tokenizer
     size = lm.spec.block_size or 1
-    targets = [ids + [end] * (-(1 + len(ids)) % size) for ids in texts]
-    found = nelbo(lm, [[start]] * len(texts), targets, num_samples=num_samples, batch_size=BATCH, seed=EVALUATION_SEED)
+    contexts = _contexts(tokenizer, texts)
+    targets = [
+        text.ids + [tokenizer.eos_token_id] * (-(len(context) + len(text.ids)) % size)
+        for text, context in zip(texts, contexts, strict=True)
+    ]
+    found = nelbo(lm, contexts, targets, num_samples=num_samples, batch_size=BATCH, seed=EVALUATION_SEED)
     causal = lm.spec.attention == "block" and lm.spec.clean_context == "causal"
     return {
         "nelbo": [round(one.nats, 3) for one in found],
         "mc_stderr": [round(one.stderr, 3) for one in found],
-        "ar_nll": [round(nats, 3) for nats in ar_nll(folder, texts, start)] if causal else None,
+        "ar_nll": [round(nats, 3) for nats in ar_nll(folder, texts)] if causal else None,
     }
 
 
-def ar_nll(folder: Path, texts: list[list[int]], start: int) -> list[float]:
-    """Nats of each text under a plain causal load of the folder, by transformers alone."""
+def ar_nll(folder: Path, texts: list[Text]) -> list[float]:
+    """Nats of each text after its context under a plain causal load of the folder, by transformers alone, in fp32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    contexts = _contexts(AutoTokenizer.from_pretrained(folder), texts)
     nats: list[float] = []
     with torch.no_grad():
-        for at in range(0, len(texts), BATCH):
-            chunk = texts[at : at + BATCH]
-            width = max(map(len, chunk))
-            ids = torch.tensor([[start, *text] + [start] * (width - len(text)) for text in chunk])
-            labels = torch.tensor([text + [-100] * (width - len(text)) for text in chunk])
-            logits = model(input_ids=ids[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-            nats += loss.view(labels.shape).double().sum(1).tolist()
+        for at in range(0, len(texts), AR_BATCH):
+            chunk = [(contexts[i], texts[i].ids) for i in range(at, min(at + AR_BATCH, len(texts)))]
+            width = max(len(context) + len(ids) for context, ids in chunk)
+            rows = [context + ids + [0] * (width - len(context) - len(ids)) for context, ids in chunk]
+            labels = [[-100] * len(c) + ids + [-100] * (width - len(c) - len(ids)) for c, ids in chunk]
+            logits = model(input_ids=torch.tensor(rows)[:, :-1]).logits
+            targets = torch.tensor(labels)[:, 1:]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            nats += loss.view(targets.shape).double().sum(1).tolist()
     return nats
+
+
+def _contexts(tokenizer: Any, texts: list[Text]) -> list[list[int]]:
+    """The tokens before each text: its prompt, or the start-of-text alone."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [list(text.context) or [start] for text in texts]
 
 
 if __name__ == "__main__":

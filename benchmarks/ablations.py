@@ -1,10 +1,14 @@
 """What works best when a causal LM becomes a diffusion LM: arms at equal tokens and tuned learning rates, several seeds.
 
     python benchmarks/ablations.py --base ../shared/models/stories260K --out docs/ablations.md
+    python benchmarks/ablations.py --base path/to/SmolLM2-135M-Instruct --prompts questions.jsonl --out docs/ablations.md \\
+        --arms "block 16; block 4; block 16, shift; block 16, shift, AR loss" --rates 1e-4,3e-4,1e-3 --precision bf16 \\
+        --tokens 20000 --tune_tokens 6000 --seeds 1 --heldout 96 --samples 2 --chunks 2 --chunk_rows 104
 
 The training text is what the base itself wrote, so its own NLL is the entropy (but for a constant, ablation_texts.py) and NELBO
-minus NLL bounds KL(original || adapted). --base is a llama2.c model: its end-of-text is its start-of-text. A run that is finished is a
-line of --runs; the same command, started again, does what is missing and writes --out anew.
+minus NLL bounds KL(original || adapted). Without --prompts, --base is a llama2.c model: its end-of-text is its start-of-text. With
+them it is any causal LM, whose answers are trained on and scored; they fill a section of --out of their own. A run that is finished
+is a line of --runs; the same command, started again, does what is missing and writes its section anew.
 """
 
 from __future__ import annotations
@@ -14,68 +18,13 @@ import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from ablation_plan import Plan, next_task, slug
+
 HELDOUT_SEED = 1_000_000  # of the texts that nothing is trained on
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the runs of all arms have in common."""
-
-    tokens: int
-    tune_tokens: int
-    row_tokens: int
-    seeds: int
-    heldout: int
-    tune_heldout: int
-    samples: int
-
-    def tuning(self, arm: str, rate: float) -> Any:
-        from ablation_runs import Task
-
-        return Task(arm, "tune", rate, 0, self.tune_tokens, self.tune_heldout, self.samples, self.row_tokens)
-
-    def final(self, arm: str, rate: float) -> list:
-        from ablation_runs import Task
-
-        common = (self.tokens, self.heldout, self.samples, self.row_tokens)
-        return [Task(arm, "final", rate, seed, *common) for seed in range(self.seeds)]
-
-
-def next_task(plan: Plan, names: list[str], done: dict[str, dict], running: set[str]) -> Any:
-    """The first task that may start: arm by arm, learning rates before seeds; None if there is none now."""
-    for arm in names:
-        best, wanted = best_rate(plan, arm, done)
-        tasks = [plan.tuning(arm, rate) for rate in wanted] if best is None else plan.final(arm, best)
-        for task in tasks:
-            if task.key not in done and task.key not in running:
-                return task
-    return None
-
-
-def tuned(plan: Plan, arm: str, done: dict[str, dict]) -> dict[float, float]:
-    """Learning rate -> summed bound of what was tried, infinite where training failed."""
-    from ablation_arms import LADDER
-
-    rows = {rate: done.get(plan.tuning(arm, rate).key) for rate in LADDER}
-    return {rate: sum(row.get("nelbo", [float("inf")])) for rate, row in rows.items() if row is not None}
-
-
-def best_rate(plan: Plan, arm: str, done: dict[str, dict]) -> tuple[float | None, list[float]]:
-    """(the learning rate of the lowest bound, None while a neighbour of it in LADDER is untried; what is to be tried)."""
-    from ablation_arms import ARMS, LADDER
-
-    bounds = tuned(plan, arm, done)
-    wanted = [rate for rate in ARMS[arm].first_rates if rate not in bounds]
-    if not wanted:
-        at = LADDER.index(min(bounds, key=lambda rate: bounds[rate]))
-        wanted = [rate for rate in LADDER[max(at - 1, 0) : at + 2] if rate not in bounds]
-        if not wanted:
-            return (LADDER[at] if bounds[LADDER[at]] < float("inf") else None), []
-    return None, wanted
 
 
 def run_all(
@@ -111,100 +60,161 @@ def run_all(
                 on_done(task, done[task.key])
 
 
-def _sampled(base: Path, work: Path, chunks: int, workers: int) -> tuple[list, Any]:
-    """(the training chunks, the held-out one), sampled side by side where they are not in `work` yet."""
+def _sampled(
+    base: Path, work: Path, chunks: int, rows: int, workers: int, prompts: list[list[int]] | None, max_new_tokens: int
+) -> tuple[list, Any]:
+    """(the training chunks, the held-out one), sampled side by side where they are not in `work` yet; each has prompts of its own."""
     from ablation_runs import start_worker
     from ablation_texts import saved_chunk
 
     seeds = [HELDOUT_SEED, *range(chunks)]
+    shares: list[list[list[int]] | None] = [None] * len(seeds)
+    if prompts is not None:
+        if len(prompts) < rows * len(seeds):
+            raise ValueError(
+                f"--chunks={chunks} --chunk_rows={rows}: need {rows * len(seeds)} prompts, one chunk of them held out; "
+                f"--prompts has {len(prompts)} that differ and are short enough; lower them"
+            )
+        shares = [prompts[rows * i : rows * (i + 1)] for i in range(len(seeds))]
     spawn = multiprocessing.get_context("spawn")
     log = (work / "workers.log",)
+    found = []
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=log) as pool:
-        heldout, *training = pool.map(saved_chunk, [base] * len(seeds), [work] * len(seeds), seeds)
-    return training, heldout
+        each = (repeat(base), repeat(work), seeds, repeat(rows), shares, repeat(max_new_tokens))
+        for seed, chunk in zip(seeds, pool.map(saved_chunk, *each), strict=True):
+            found.append(chunk)
+            what = "held-out texts" if seed == HELDOUT_SEED else f"texts {seed + 1} of {chunks}"
+            print(
+                f"{what}: kept {len(chunk.kept)} of {chunk.sampled}, {chunk.cpu_s} CPU s", file=sys.stderr, flush=True
+            )
+    return found[1:], found[0]
 
 
-def main(argv: list[str]) -> None:
-    """Samples, trains, scores, and writes table and plot."""
-    import ablation_figures
-    from ablation_arms import ARMS
-    from ablation_runs import ar_nll, texts_of
-    from ablation_texts import write_base
-
+def _arguments(argv: list[str]) -> Any:
     from adapt.arguments import CommandParser
-    from adapt_eval import provenance
 
     parser = CommandParser(prog="ablations.py", description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="folder of a llama2.c model")
-    parser.add_argument("--out", type=Path, required=True, help="the document (.md); its plot is written beside it")
-    parser.add_argument("--runs", type=Path, default=Path("benchmarks/results/ablations.jsonl"), help="raw results")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/ablations"), help="folder of texts and of what runs leave"
+        "--base", type=Path, required=True, help="folder of a llama2.c model; any causal LM's with --prompts"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the document (.md); its plot is written beside it")
+    parser.add_argument(
+        "--prompts", type=Path | None, default=None, help="file (json, jsonl, parquet) that the base answers"
+    )
+    parser.add_argument("--prompt_column", type=str, default="question")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="answers that get longer are cut")
+    parser.add_argument(
+        "--title", type=str | None, default=None, help="names the section, default: the folder of --base"
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path | None,
+        default=None,
+        help="raw results, default: benchmarks/results/ablations[-TITLE].jsonl",
+    )
+    parser.add_argument(
+        "--work", type=Path | None, default=None, help="folder of texts and of runs, default: build/ablations[-TITLE]"
     )
     parser.add_argument("--arms", type=str, default="all", help="names from ablation_arms.py, with semicolons between")
-    parser.add_argument("--tokens", type=int, default=80_000, help="clean tokens of a run, each once")
+    parser.add_argument("--tokens", type=int, default=80_000, help="clean tokens of a run, each once; of answers alone")
     parser.add_argument(
         "--tune_tokens", type=int, default=30_000, help="clean tokens of a run that tunes a learning rate"
     )
+    parser.add_argument(
+        "--rates", type=str, default="", help="learning rates, with commas; default: a walk along a ladder"
+    )
+    parser.add_argument("--precision", type=str, default="fp32", help="of training: bf16 (autocast) or fp32")
     parser.add_argument("--row_tokens", type=int, default=512, help="clean tokens of an optimizer step: one packed row")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heldout", type=int, default=64, help="texts to score")
     parser.add_argument("--tune_heldout", type=int, default=24, help="texts to score when tuning")
     parser.add_argument("--samples", type=int, default=4, help="Monte-Carlo samples of each text's NELBO")
-    parser.add_argument("--chunks", type=int, default=9, help="chunks of 256 samples for training")
+    parser.add_argument("--chunks", type=int, default=9, help="chunks of samples for training; one more is held out")
+    parser.add_argument("--chunk_rows", type=int, default=256, help="samples of a chunk")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--minutes", type=float | None, default=None, help="start no run after that long")
     parser.add_argument("--retry", type=bool, default=False, help="run again what failed, instead of taking it as done")
-    given = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def _plan(given: Any) -> tuple[Plan, list[str]]:
+    """(what the runs have in common, the arms); ValueError for what cannot be run."""
+    from ablation_arms import ARMS
+
     names = list(ARMS) if given.arms == "all" else [name.strip() for name in given.arms.split(";")]
-    unknown = sorted(set(names) - set(ARMS))
-    if unknown:
-        sys.exit(f"--arms={'; '.join(unknown)}: choose from {'; '.join(ARMS)}")
-    os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit it
-    work = given.work.resolve()
-    os.environ.setdefault("HF_DATASETS_CACHE", str(work / "cache"))
-    given.runs.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
-    # 1. Texts.
-    base = write_base(given.base, work / "base")
-    training, heldout = _sampled(base, work, given.chunks, given.workers)
-    texts = [ids for chunk in training for ids in chunk.kept]
-    scored = heldout.kept[: given.heldout]
-    if len(scored) < given.heldout:
-        sys.exit(f"--heldout={given.heldout}: only {len(scored)} of {heldout.sampled} samples are fit; lower it")
+    if unknown := sorted(set(names) - set(ARMS)):
+        raise ValueError(f"--arms={'; '.join(unknown)}: choose from {'; '.join(ARMS)}")
     try:
-        texts_of(texts, max(given.tokens, given.tune_tokens))
-    except ValueError as error:
-        sys.exit(str(error))
+        rates = tuple(float(word) for word in given.rates.split(",") if word.strip())
+    except ValueError:
+        raise ValueError(
+            f"--rates={given.rates}: must be numbers with commas between, such as 1e-4,3e-4,1e-3"
+        ) from None
+    common = {name: getattr(given, name) for name in Plan.__dataclass_fields__ if name != "rates"}
+    return Plan(**common, rates=rates), names
+
+
+def _run_and_write(given: Any) -> None:
+    plan, names = _plan(given)
+    title = given.title or given.base.resolve().name
+    own = f"-{slug(title)}" if given.prompts else ""
+    runs = given.runs or Path(f"benchmarks/results/ablations{own}.jsonl")
+    work = (given.work or Path(f"build/ablations{own}")).resolve()
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit it
+    os.environ.setdefault("HF_DATASETS_CACHE", str(work / "cache"))
+    runs.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    import ablation_figures  # torch and datasets, which read the environment
+    import ablation_page
+    from ablation_runs import ar_nll, texts_of
+    from ablation_texts import LARGEST_BLOCK, num_parameters, read_prompts, write_base
+
+    from adapt_eval import provenance
+
+    # 1. Texts.
+    base = write_base(given.base, work / "base", end_is_start=not given.prompts)
+    prompts, asked, limit = None, None, given.max_new_tokens
+    if given.prompts:
+        if limit < LARGEST_BLOCK:
+            raise ValueError(f"--max_new_tokens={limit}: must be at least {LARGEST_BLOCK}, the largest block of an arm")
+        prompts = read_prompts(given.prompts, given.prompt_column, base, plan.row_tokens - limit)
+        asked = ablation_page.Asked(title, given.prompts, given.prompt_column, limit, num_parameters(base))
+    training, heldout = _sampled(base, work, given.chunks, given.chunk_rows, given.workers, prompts, limit)
+    texts = [text for chunk in training for text in chunk.texts]
+    scored = heldout.texts[: plan.heldout]
+    if len(scored) < plan.heldout:
+        raise ValueError(f"--heldout={plan.heldout}: only {len(scored)} of {heldout.sampled} samples are fit; lower it")
+    texts_of(texts, max(plan.tokens, plan.tune_tokens))
     # 2. Runs.
-    plan = Plan(*(getattr(given, name) for name in Plan.__dataclass_fields__))
-    done = ablation_figures.read_runs(given.runs, without_failed=given.retry)
-    revision = provenance.git_revision()
-    hardware = ablation_figures.hardware()
+    done = ablation_figures.read_runs(runs, without_failed=given.retry)
+    about_run = {"revision": provenance.git_revision(), "hardware": ablation_figures.hardware()}
 
     def on_done(task: Any, row: dict[str, Any]) -> None:
-        row |= {"revision": revision, "hardware": hardware}
-        ablation_figures.append_run(given.runs, row)
-        outcome = row.get("error") or f"nelbo {ablation_figures.per_token(row, heldout.kept):.3f} nats/token"
+        row |= about_run
+        ablation_figures.append_run(runs, row)
+        outcome = row.get("error") or f"nelbo {ablation_figures.per_token(row, heldout.texts):.3f} nats/token"
         print(
             f"{task.arm}: {task.stage} lr {task.learning_rate:g} seed {task.seed}: {outcome}",
             file=sys.stderr,
             flush=True,
         )
 
-    run_all(
-        plan,
-        names,
-        done,
-        (given.base.resolve(), work, texts, heldout.kept),
-        workers=given.workers,
-        minutes=given.minutes,
-        on_done=on_done,
-    )
+    common = (given.base.resolve(), work, texts, heldout.texts)
+    run_all(plan, names, done, common, workers=given.workers, minutes=given.minutes, on_done=on_done)
     # 3. Table and plot.
-    base_nats = ar_nll(base, scored, scored[0][-1])
-    rows, about = ablation_figures.results(plan, names, done, texts, scored, base_nats)
-    ablation_figures.write(given.out, rows, plan, training, about)
+    base_nats = ar_nll(base, scored)
+    longest = limit if asked else max(511, *(len(text.ids) for text in scored))
+    rows, about = ablation_figures.results(plan, names, done, texts, scored, base_nats, longest)
+    ablation_page.write(given.out, names, rows, plan, training, about, asked)
+
+
+def main(argv: list[str]) -> None:
+    """Samples, trains, scores, and writes table and plot."""
+    given = _arguments(argv)
+    try:
+        _run_and_write(given)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lm_eval.models  # noqa: F401  registering ours into an empty registry would keep lm-eval from loading its own
@@ -29,6 +29,7 @@ import adapt
 from adapt.likelihood import nelbo
 
 from .emitted import Stop, count_tokens, emitted_text, end_of_text_ids
+from .model_args import MODEL_ARGS, model_args_help
 from .speed import left_pad, pad_id_of
 
 _logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ class AdaptLM(TemplateLM):
         """pretrained: a diffusion checkpoint, or one that is loaded. max_new_tokens: canvas where a task names none."""
         super().__init__()
         if unknown:
-            raise ValueError(f"model_args: unknown {', '.join(sorted(unknown))}; `adapt lm_eval` knows {_known()}")
+            raise ValueError(
+                f"model_args: unknown {', '.join(sorted(unknown))}; `adapt lm_eval` knows {', '.join(sorted(MODEL_ARGS))}"
+            )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size}: give a whole number above 0")
         if greedy not in ("always", "auto"):
@@ -367,15 +370,8 @@ class AdaptLM(TemplateLM):
 register_model("adapt")(AdaptLM)
 
 
-def _known() -> str:
-    import inspect
-
-    names: Iterable[str] = inspect.signature(AdaptLM.__init__).parameters
-    return ", ".join(sorted(set(names) - {"self", "unknown"}))
-
-
 def main(argv: list[str]) -> int:
-    """lm-eval's own command line with `--model adapt` registered."""
+    """lm-eval's own command line with `--model adapt` registered; its help ends with the --model_args that are ours."""
     from lm_eval.__main__ import cli_evaluate
 
     before = sys.argv
@@ -385,4 +381,6 @@ def main(argv: list[str]) -> int:
         cli_evaluate()
     finally:
         sys.argv = before
+        if not argv or {"-h", "--help"} & set(argv):
+            print(f"\n{model_args_help()}")
     return 0

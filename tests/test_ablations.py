@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +25,10 @@ if str(BENCHMARKS) not in sys.path:
 import ablation_figures  # noqa: E402
 import ablation_texts  # noqa: E402
 from ablation_arms import ARMS, LADDER, recipe_arguments  # noqa: E402
-from ablation_runs import ar_nll, run, score  # noqa: E402
-from ablations import Plan, best_rate, next_task  # noqa: E402
+from ablation_page import put  # noqa: E402
+from ablation_plan import Plan, best_rate, next_task  # noqa: E402
+from ablation_runs import Task, ar_nll, run, score  # noqa: E402
+from ablation_texts import LARGEST_BLOCK, Text  # noqa: E402
 
 PLAN = Plan(tokens=300, tune_tokens=200, row_tokens=32, seeds=2, heldout=4, tune_heldout=2, samples=2)
 
@@ -64,18 +68,73 @@ def test_a_block_of_one_token_with_shift_is_the_base_so_its_bound_is_the_nll(
     base_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = base_folder("llama")
-    texts = [np.random.default_rng(i).integers(1, 300, 5 + 7 * i).tolist() + [0] for i in range(4)]
-    nll = ar_nll(base, texts, 0)
+    texts = [Text(np.random.default_rng(i).integers(1, 300, 5 + 7 * i).tolist() + [0]) for i in range(3)]
+    texts += [Text(texts[2].ids, [7, 8, 9]), Text(texts[1].ids[:-1], [0, 4, 5, 6, 7])]  # answers; one of them cut
+    nll = ar_nll(base, texts)
     blocks = adapt.convert(base, tmp_path / "one", attention="block", block_size=1, shift_logits=True)
     scores = score(blocks, texts, num_samples=3)
     assert scores["nelbo"] == pytest.approx(scores["ar_nll"], abs=2e-3)
     assert scores["nelbo"] == pytest.approx(nll, rel=1e-3)  # but for the mask token's own row of the head
-    assert scores["mc_stderr"] == [0.0] * 4
+    assert scores["mc_stderr"] == [0.0] * 5
     # and by transformers' own loss, one text at a time
     model = AutoModelForCausalLM.from_pretrained(base)
     for text, nats in zip(texts, nll, strict=True):
-        ids = torch.tensor([[0, *text]])
-        assert model(ids, labels=ids).loss.item() * len(text) == pytest.approx(nats, rel=1e-5)
+        context = text.context or [0]
+        ids = torch.tensor([[*context, *text.ids]])
+        labels = torch.tensor([[-100] * len(context) + text.ids])
+        assert model(ids, labels=labels).loss.item() * len(text.ids) == pytest.approx(nats, rel=1e-5)
+
+
+def test_answers_to_prompts_of_any_length_are_the_models_own_chain_cut_where_a_block_ends(
+    base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_folder("llama")
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    prompts = [tokenizer("the cat sat " * n)["input_ids"] for n in (1, 4, 2, 7)]
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.generation_config.eos_token_id = None
+    whole = []
+    for prompt in prompts:
+        found = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)
+        whole.append(found[0, len(prompt) :].tolist())
+    end = next(token for token in whole[1] if not all(token in text for text in whole))  # ends some of them
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+
+    def greedy(probability: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+        return probability.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(ablation_texts.torch, "multinomial", greedy)
+    monkeypatch.setattr(ablation_texts, "AFTER_PROMPTS", 3)
+    monkeypatch.setattr(ablation_texts, "_loaded", lambda _: (model, tokenizer))
+    chunk = ablation_texts.answer(base, 0, prompts, 64)
+    for prompt, text, answer in zip(prompts, whole, chunk.kept, strict=True):
+        expected = text[: text.index(end) + 1] if end in text else text
+        assert answer == expected[: len(answer)]
+        assert (answer[-1] == end) or (len(prompt) + len(answer)) % LARGEST_BLOCK == 0
+        assert len(answer) == len(expected) or len(expected) > 64 - LARGEST_BLOCK
+    assert 0 < chunk.ended == sum(answer[-1] == end for answer in chunk.kept) < len(prompts)
+    assert [text.context for text in chunk.texts] == prompts
+
+
+def test_a_question_is_asked_in_the_chat_template_and_the_same_prompts_come_in_the_same_order(
+    base_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = base_folder("llama")
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    words = ["cat", "dog", "the cat sat on the mat and ran away", "cat"]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps({"asked": word}) + "\n" for word in words))
+    short = {
+        word: tokenizer.apply_chat_template(
+            [{"role": "user", "content": word}], add_generation_prompt=True, return_dict=False
+        )
+        for word in words
+    }
+    longest = max(len(short["cat"]), len(short["dog"]))
+    assert len(short[words[2]]) > longest
+    prompts = ablation_texts.read_prompts(file, "asked", base, longest)
+    assert sorted(prompts) == sorted([short["cat"], short["dog"]])
+    assert prompts == ablation_texts.read_prompts(file, "asked", base, longest)
 
 
 def test_probabilities_of_lengths_sum_to_one() -> None:
@@ -95,6 +154,37 @@ def test_tuning_walks_until_the_best_rate_has_a_worse_one_on_either_side(best: f
     assert {LADDER[max(at - 1, 0)], best, LADDER[min(at + 1, len(LADDER) - 1)]} <= tried
 
 
+def test_given_rates_are_all_tried_and_no_others() -> None:
+    plan, done = dataclasses.replace(PLAN, rates=(2e-4, 5e-4, 7e-4)), {}
+    while (task := next_task(plan, ["block 16"], done, set())).stage == "tune":
+        done[task.key] = {"nelbo": [task.learning_rate]}  # the lowest is best: a walk would not go on to the highest
+    assert [json.loads(key)["learning_rate"] for key in done] == list(plan.rates)
+    assert task.learning_rate == 2e-4
+
+
+def test_rows_that_are_older_than_a_field_count_as_its_default(tmp_path: Path) -> None:
+    task = PLAN.tuning("block 16", 1e-3)
+    row = {name: value for name, value in vars(task).items() if name != "precision"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**row, "nelbo": [1.0]}) + "\n")
+    assert list(ablation_figures.read_runs(tmp_path / "runs.jsonl")) == [task.key]
+    with pytest.raises(TypeError):
+        Task(**{name: value for name, value in row.items() if name != "seed"})
+
+
+def test_a_section_takes_the_place_of_its_older_self_and_what_follows_stays_last() -> None:
+    page = put("# First\n\nold\n", "")
+    page = put("## SmolLM2: answers\n\nold\n", page)
+    page += "\n## What follows\n\nBy hand.\n\n### Of it\n\nMore.\n"
+    page = put("## Other: answers\n\nother\n", page)
+    page = put("## SmolLM2: answers\n\nnew\n", page)
+    page = put("# First, with another title\n\nnew\n", page)
+    assert page == (
+        "# First, with another title\n\nnew\n\n## SmolLM2: answers\n\nnew\n\n## Other: answers\n\nother\n\n"
+        "## What follows\n\nBy hand.\n\n### Of it\n\nMore.\n"
+    )
+    assert put("## Other: answers\n\nother\n", page) == page
+
+
 def test_an_arm_that_fails_at_every_rate_is_left_and_the_next_one_begins() -> None:
     done: dict[str, dict] = {}
     while (task := next_task(PLAN, ["block 16", "block 4"], done, set())).arm == "block 16":
@@ -104,7 +194,7 @@ def test_an_arm_that_fails_at_every_rate_is_left_and_the_next_one_begins() -> No
 
 
 def test_a_run_that_fails_is_a_row_with_its_reason(base_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    row = run(PLAN.tuning("block 16", 1e-3), base_folder("llama"), tmp_path, [[5, 0]], [[5, 0]])
+    row = run(PLAN.tuning("block 16", 1e-3), base_folder("llama"), tmp_path, [Text([5, 0])], [Text([5, 0])])
     assert row["error"].startswith("ValueError: --tokens=200: only 2 tokens")
     assert list(tmp_path.glob("run-*")) == []
 
@@ -129,10 +219,9 @@ def command(base_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     texts = [tokenizer("the cat sat on the mat, and the dog ran " * (1 + i % 2))["input_ids"] + [0] for i in range(32)]
     for seed in (0, 1_000_000):
         (folder / f"texts-{seed}.json").write_text(json.dumps([40, 36, texts]))
-    plan = [item for name in PLAN.__dataclass_fields__ for item in (f"--{name}", str(getattr(PLAN, name)))]
     arms = "block 16; bidirectional, shift, annealed"
     argv = [sys.executable, BENCHMARKS / "ablations.py", "--base", base, "--out", folder / "found.md", "--work", folder]
-    argv += ["--runs", folder / "runs.jsonl", "--arms", arms, "--chunks", "1", "--workers", "2", *plan]
+    argv += ["--runs", folder / "runs.jsonl", "--arms", arms, "--chunks", "1", "--workers", "2", *PLAN.arguments()]
 
     def launch(*more: object) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
@@ -171,9 +260,45 @@ def test_one_command_tunes_trains_scores_and_writes_and_a_second_one_only_writes
     assert ablation_figures.read_runs(folder / "runs.jsonl").keys() >= {PLAN.tuning("block 16", 1e-3).key}
 
 
+@pytest.mark.slow
+def test_answers_of_any_model_fill_a_section_of_their_own_and_a_second_command_only_writes(
+    command, tmp_path: Path
+) -> None:
+    launch, _ = command
+    asked, out, runs = tmp_path / "asked.jsonl", tmp_path / "found.md", tmp_path / "runs.jsonl"
+    asked.write_text("".join(json.dumps({"question": f"the cat sat on {n} mats?"}) + "\n" for n in range(20)))
+    out.write_text("# First\n\nkept\n\n## What follows\n\nBlocks.\n")
+    options = ["--prompts", asked, "--title", "Tiny", "--rates", "0.001", "--precision", "bf16", "--arms", "block 4"]
+    options += ["--max_new_tokens", "64", "--chunk_rows", "10", "--row_tokens", "128", "--seeds", "1"]
+    options += ["--out", out, "--runs", runs, "--work", tmp_path / "work", "--workers", "1"]
+    first = launch(*options)
+    assert first.returncode == 0, first.stderr[-3000:]
+    rows = [json.loads(line) for line in runs.read_text().splitlines()]
+    assert [(row["stage"], row["precision"], row.get("error")) for row in rows] == [
+        ("tune", "bf16", None),
+        ("final", "bf16", None),
+    ]
+    assert rows[1]["clean_tokens"] > PLAN.tokens  # prompts are read besides
+    page = out.read_text()
+    assert page.startswith("# First\n\nkept\n\n## Tiny: answers to prompts\n")
+    assert page.endswith("## What follows\n\nBlocks.\n")
+    assert "| block 4 | 0.001! |" in page
+    assert (tmp_path / "found-tiny.png").exists()
+    assert launch(*options).returncode == 0
+    assert out.read_text() == page
+    assert len(runs.read_text().splitlines()) == 2
+    asked.write_text(asked.read_text().replace("mats", "hats"))
+    other = launch(*options)
+    assert other.returncode == 1
+    assert "its texts were sampled after other prompts; give another folder" in other.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["--rates", "fast"], "--rates=fast: must be numbers with commas between"),
+        (["--rates", "1e-3,1e-4"], "--rates=0.001,0.0001: must be above 0, each once, in rising order"),
+        (["--precision", "fp8"], "--precision=fp8: choose bf16 or fp32"),
         (["--arms", "block 5"], "--arms=block 5: choose from block 16;"),
         (["--tokens", "9000"], "--tokens=9000: only 672 tokens were sampled; lower it, or raise --chunks"),
         (["--heldout", "33"], "--heldout=33: only 32 of 40 samples are fit; lower it"),

@@ -37,6 +37,7 @@ def folder(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "conflict.json").write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}}')
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "broken.yaml").write_text("model: [1")
+    (tmp_path / "hollow.yaml").write_text("noise:\n")
     (tmp_path / "wrong.yaml").write_text("data:\n  seq_length: 128\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -72,8 +73,17 @@ CASES = {
     "wrong key in the file": ({"config": "wrong.yaml"}, 2, r"seq_length.* did you mean data.seq_len\?"),
     "wrong type": ({"training__num_steps": "many"}, 2, "training.num_steps.*many"),
     "wrong choice": ({"objective__name": "elbo"}, None, "objective.name=elbo: choose one of ar, nelbo"),
-    "no recipe": ({"config": "none.yaml"}, 2, "none.yaml"),
-    "broken recipe": ({"config": "broken.yaml"}, 2, "broken.yaml|parsing"),
+    "no recipe": ({"config": "recipes/none.yaml"}, 2, "config=recipes/none.yaml: no such file; give a recipe"),
+    "another suffix": ({"config": "wrong.yml"}, 2, r"config=wrong.yml: no such file; did you mean wrong.yaml\?"),
+    "broken recipe": ({"config": "broken.yaml"}, 2, r"config=broken.yaml: is no YAML \(line 1: .*; give a recipe"),
+    "a folder for a recipe": ({"config": "broken"}, 2, "config=broken: is a folder; give a recipe in it, a YAML file"),
+    "weights for a recipe": ({"config": "base/model.safetensors"}, 2, "config=base/model.safetensors: is no YAML"),
+    "a section without settings": (
+        {"config": "hollow.yaml"},
+        2,
+        "config=hollow.yaml: noise holds no settings but None",
+    ),
+    "data for a recipe": ({"config": "other.jsonl"}, 2, "config=other.jsonl: question holds no settings but 'cat'"),
     "no data file": ({"data__train": "none.jsonl"}, 1, "data.train=none.jsonl: no such file; give json"),
     "empty data": ({"data__train": "empty.jsonl"}, 1, "data.train=empty.jsonl: is empty, nothing to train on; give"),
     "empty list of data": ({"data__train": "[]"}, None, r"data.train=\[\]: give at least one file"),

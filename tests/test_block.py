@@ -18,11 +18,12 @@ from adapt.attention import PADDING_DOCUMENT, Layout, attention_mask, mask_rule
 from adapt.canvases import Canvases
 from adapt.checkpoint import DiffusionSpec
 from adapt.collate import collate, pack
-from adapt.config import NoiseConfig, ObjectiveConfig, parse_recipe
+from adapt.config import parse_recipe
 from adapt.likelihood import nelbo
 from adapt.model import hidden_states
 from adapt.noise import cart_weight
 from adapt.packing import Place
+from adapt.settings import NoiseConfig, ObjectiveConfig
 
 MASK, END, SIZE = 9, 1, 4
 EXAMPLES = [([2, 5, 6], [7, 8, END]), ([3], [4, 5, 6, 7, 8, 3, END]), ([8, 7, 6, 5], [4, END]), ([], [6, 5, 4, 3, END])]

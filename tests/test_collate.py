@@ -14,10 +14,10 @@ from adapt.attention import PADDING_DOCUMENT, Layout, mask_rule
 from adapt.canvases import Canvases
 from adapt.checkpoint import DiffusionSpec
 from adapt.collate import collate, pack
-from adapt.config import NoiseConfig, ObjectiveConfig
 from adapt.model import Term, attach_loss, hidden_states
 from adapt.objective import cross_entropy
 from adapt.packing import Place
+from adapt.settings import NoiseConfig, ObjectiveConfig
 
 MASK, END = 9, 1
 EXAMPLES = [([2, 5, 6], [7, 8, END]), ([3], [4, 5, 6, 7, 8, 3, END]), ([8, 7, 6, 5], [4, END]), ([], [6, 5, END])]

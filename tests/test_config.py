@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adapt.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig, parse_recipe
+from adapt.config import Recipe, parse_recipe
+from adapt.settings import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 
 MINIMAL = {
     "model": {"base": "some/model"},

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 from training_fixtures import tiny_tokenizer
 
-from adapt.config import DataConfig
 from adapt.data import lengths, load_examples, load_rows
+from adapt.settings import DataConfig
 
 PAIRS = [{"prompt": "the cat", "completion": "sat on"}, {"prompt": "a", "completion": "dog ran ."}]
 CHAT = [
@@ -108,6 +108,11 @@ def test_keys_that_only_other_messages_have_are_not_seen_by_the_template(tmp_pat
     assert target == [*tokenizer("role content sat</s>", add_special_tokens=False)["input_ids"]]
 
 
+def test_rows_of_token_ids_are_examples_as_they_are_even_without_an_end(tmp_path: Path) -> None:
+    rows = [{"context": [], "target": [5]}, {"context": [4, 5], "target": [6, 7]}]
+    assert examples(write(tmp_path / "a.jsonl", rows)) == [([], [5]), ([4, 5], [6, 7])]
+
+
 def test_columns_are_renamed_as_the_recipe_says(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "cat", "answer": "sat", "prompt": "an unused column"}])
     assert examples(path, columns={"prompt": "question", "completion": "answer"}) == [(ids("cat"), [*ids("sat"), END])]
@@ -173,6 +178,9 @@ def with_forgetful_template():
         ([{"prompt": "cat", "completion": ""}], {}, tiny_tokenizer, "'cat' has an empty completion, nothing to noise"),
         ([{"prompt": "cat", "completion": None}, PAIRS[0]], {}, tiny_tokenizer, "column completion holds None"),
         ([{"prompt": None, "completion": ""}, PAIRS[0]], {}, tiny_tokenizer, "column prompt holds None"),
+        ([{"context": [1], "target": []}], {}, tiny_tokenizer, r"has the target \[\]; .* at least one"),
+        ([{"context": [1], "target": [99999]}], {}, tiny_tokenizer, "need lists of token ids from 0 to"),
+        ([{"context": [1], "target": "cat"}], {}, tiny_tokenizer, "has the target cat; .* need lists of token ids"),
         ([{"text": 3}], {}, tiny_tokenizer, "column text holds 3, needs strings"),
         ([{"body": "cat"}], {}, tiny_tokenizer, "has the columns body; needs text, or prompt and completion"),
         ([{"text": "cat"}], {"columns": {"text": "body"}}, tiny_tokenizer, "the data has no body; it has text"),

@@ -91,12 +91,15 @@ def test_bf16_under_zero3_ends_in_a_bf16_folder(launch, folder, one_rank) -> Non
     assert AutoModelForCausalLM.from_pretrained(folder / "bf16" / "model").dtype == torch.bfloat16
 
 
-def test_lora_and_the_mask_row_under_zero3_have_the_curve_of_one_rank(launch, folder) -> None:
+def test_lora_the_mask_row_and_a_teacher_under_zero3_have_the_curve_of_one_rank(launch, folder) -> None:
     settings = {"model__lora": {"r": 4}, "training__num_steps": 6, "training__learning_rate": 0.02}
+    settings |= {"objective__distill_weight": 0.5}
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "lora", **settings)
     one = trainer.train(parse_recipe(argv)).parent
     finish(launch("lora-zero3", training__deepspeed="zero3", **settings))
     assert_same_curve(folder / "lora-zero3", one)
+    taught = ([line["distill_kl"] for line in metrics(out)] for out in (folder / "lora-zero3", one))
+    assert next(taught) == pytest.approx(next(taught), rel=2e-6)
     found, want = (load_file(out / "model" / "model.safetensors") for out in (folder / "lora-zero3", one))
     torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
     mask = AutoTokenizer.from_pretrained(one / "model").mask_token_id

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from test_collate import EXAMPLES, MASK, canvases
-from training_fixtures import losses, recipe_argv, tiny_llama, write_base, write_pairs
+from torch.distributions import Categorical, kl_divergence
+from training_fixtures import losses, metrics, recipe_argv, tiny_llama, write_base, write_pairs
+from transformers import AutoModelForCausalLM
 
 from adapt import trainer
+from adapt.attention import Layout
 from adapt.checkpoint import DiffusionSpec
 from adapt.collate import collate, pack
 from adapt.config import parse_recipe
 from adapt.distill import Teacher
+from adapt.model import hidden_states
 from adapt.packing import Place
 
 KINDS = ["prefix", "bidirectional", "block"]
@@ -76,12 +80,12 @@ def test_the_loss_is_the_likelihood_plus_the_divergence_and_its_gradient_reaches
     model = tiny_llama().requires_grad_(True)
     logits, targets = torch.randn(6, 65, requires_grad=True), torch.randint(60, (6,))
     hidden, is_taught = torch.randn(6, 32), torch.tensor([True, True, False, True, False, True])
-    loss, nll = Teacher(model).row_loss(0.7)(logits, targets, hidden, is_taught)
+    loss, nats = Teacher(model).row_loss(0.7)(logits, targets, hidden, is_taught)
     p = model.lm_head(hidden).softmax(-1).detach()
     q = logits.softmax(-1)
     kl = (p * (p / q[:, :64]).log()).sum(-1)
-    torch.testing.assert_close(nll, -q[torch.arange(6), targets].log())
-    torch.testing.assert_close(loss, nll + 0.7 * kl * is_taught)
+    torch.testing.assert_close(nats, torch.stack([-q[torch.arange(6), targets].log(), kl * is_taught], dim=1))
+    torch.testing.assert_close(loss, nats[:, 0] + 0.7 * kl * is_taught)
     loss.sum().backward()
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -108,6 +112,32 @@ def test_a_run_is_taught_and_adapters_that_are_off_are_the_original(folder: Path
     alone = curve(folder, f"{name}-alone", **settings)
     assert all(a > b for a, b in zip(taught, alone, strict=True))  # a divergence is added, which is never negative
     assert taught[-1] < taught[0]
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_the_reported_divergence_is_the_one_that_torch_computes_of_both_models(folder: Path, lora, monkeypatch) -> None:
+    batches: list[dict] = []
+    compute_loss = trainer.DiffusionTrainer.compute_loss
+
+    def recorded(self, model, batch, *rest, **more):
+        batches.append(batch)
+        return compute_loss(self, model, batch, *rest, **more)
+
+    monkeypatch.setattr(trainer.DiffusionTrainer, "compute_loss", recorded)
+    settings = {"objective__distill_weight": 0.5, "training__num_steps": 1, "training__micro_batch_size": 4}
+    out = folder / f"reported-{bool(lora)}"
+    curve(folder, out.name, model__lora=lora, data__canvas_length=12, **settings)
+    # In its first step a run's model is still the base, apart from who sees whom.
+    base = AutoModelForCausalLM.from_pretrained(out / "converted", attn_implementation="eager").requires_grad_(False)
+    total = count = 0.0
+    for batch in batches:
+        layout = Layout(batch["document_ids"], batch["view_ids"], batch["position_ids"], batch["context_lengths"])
+        adapted = base.lm_head(hidden_states(base, batch["input_ids"], layout)).flatten(0, 1)[batch["rows"]]
+        original = base.lm_head(Teacher(base).hidden(batch))
+        kl = kl_divergence(Categorical(logits=original), Categorical(logits=adapted))
+        total, count = total + float(kl[batch["is_taught"]].sum()), count + int(batch["is_taught"].sum())
+    assert 0 < count < sum(len(batch["rows"]) for batch in batches)  # a tail of end-of-text has no teacher
+    assert metrics(out)[0]["distill_kl"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_lora_and_a_copy_of_the_base_teach_the_same_first_step(folder: Path) -> None:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from adapt import objective
 from adapt.canvases import Canvases
 from adapt.checkpoint import DiffusionSpec
-from adapt.config import NoiseConfig, ObjectiveConfig
 from adapt.noise import SCHEDULES, elbo_weight, generator_for, q_sample, sample_t
 from adapt.objective import cross_entropy, diffusion_loss, token_nll, weighted_loss
 from adapt.packing import Place
+from adapt.settings import NoiseConfig, ObjectiveConfig
 
 MASK = 9
 

@@ -57,6 +57,7 @@ def test_curves_are_what_was_reported_against_clean_tokens(two, monkeypatch, cap
         "tokens",
         "last",
         "nelbo",
+        "(nats/token)",
         "lowest",
         "clean",
         "tokens/s",
@@ -113,7 +114,20 @@ def test_smoothed_curves_keep_what_was_reported_faintly_behind(two, monkeypatch)
     assert list(faint.get_ydata()) == [5, 4, 3, 2]
     assert list(strong.get_ydata()) == plot.smoothed([5, 4, 3, 2], 0.9)
     assert faint.get_alpha() < 0.5
-    assert "smoothed, weight 0.9" in axes.get_title(loc="right")
+    assert "smoothed, weight 0.9 per logged line" in axes.get_title(loc="right")
+
+
+def test_the_table_names_the_unit_of_what_is_drawn_and_how_it_was_smoothed(two, capsys) -> None:
+    assert cli.main(["plot", "runs/a", "--y", "loss", "--smooth", "0.5"]) == 0
+    assert "  last loss (nats/token), smoothed 0.5  " in capsys.readouterr().out
+
+
+def test_help_shows_choices_and_no_objects(capsys) -> None:
+    with pytest.raises(SystemExit):
+        plot.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--x {clean_tokens,step,time,tokens}" in shown
+    assert " at 0x" not in shown
 
 
 @pytest.mark.parametrize("name, magic", [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("sub/a.pdf", b"%PDF")])

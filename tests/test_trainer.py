@@ -54,6 +54,18 @@ def curve(out: Path) -> list[float]:
     return list(losses(out).values())
 
 
+@pytest.mark.parametrize("scheduler, said", [("cosine", 1), ("constant", 0)])
+def test_a_warmup_that_outlasts_the_run_is_said_once_and_the_run_goes_on(
+    run, capsys, scheduler: str, said: int
+) -> None:
+    short = {"training__num_steps": 2, "training__warmup_steps": 2, "training__lr_scheduler": scheduler}
+    assert max(line["learning_rate"] for line in metrics(run(**short))) == pytest.approx(5e-4 if said else 1e-3)
+    line = (
+        "training.warmup_steps=2: the run has 2 steps, so it never trains at training.learning_rate=0.001; lower it\n"
+    )
+    assert capsys.readouterr().err.count(line) == said
+
+
 def test_golden_curve_of_the_smoke_recipe(run) -> None:
     assert curve(run()) == pytest.approx(GOLDEN, rel=1e-4)
 

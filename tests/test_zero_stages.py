@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,20 @@ def one_rank(folder: Path) -> dict[int, float]:
     return losses(folder / "one")
 
 
-@pytest.mark.slow  # the first time: DeepSpeed compiles cpu_adam and async_io, three minutes on two cores
+@pytest.fixture(scope="module")
+def operators() -> None:
+    """Compiled before a launch that needs them: three minutes on two free cores, more than a launch may take on busy ones."""
+    builders = ["CPUAdamBuilder", *([] if nvme.missing_for_nvme() else ["AsyncIOBuilder"])]
+    build = "; ".join(f"op_builder.{name}().load()" for name in builders)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", f"from deepspeed.ops import op_builder; {build}"]
+    built = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert built.returncode == 0, built.stdout + built.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2_offload", "zero3_offload"])
 def test_two_ranks_have_the_curve_of_one_process_without_deepspeed(
     name: str, folder: Path, one_rank: dict[int, float], free_port: int
@@ -52,6 +65,7 @@ def test_two_ranks_have_the_curve_of_one_process_without_deepspeed(
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("operators")
 def test_nvme_offload_has_that_curve_too_writes_the_weights_to_the_folder_and_cleans_up(
     folder: Path, one_rank: dict[int, float], free_port: int
 ) -> None:

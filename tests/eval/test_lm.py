@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adapt
 from adapt_eval import lm as lm_module
 from adapt_eval.lm import AdaptLM, main
+from adapt_eval.model_args import MODEL_ARGS
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,16 @@ def test_one_sampler_setting_replaces_the_other(loaded):
 def test_bad_model_args_are_refused_by_name(loaded, arguments, says):
     with pytest.raises(ValueError, match=says):
         AdaptLM(loaded, **arguments)
+
+
+def test_help_ends_with_every_model_arg_that_a_command_line_can_give(capsys):
+    takes = inspect.signature(AdaptLM).parameters.keys() - {"sampler", "unknown"}
+    assert MODEL_ARGS.keys() == takes
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    lm_evals, ours = capsys.readouterr().out.split("--model_args of --model adapt")
+    assert (left.value.code, "run" in lm_evals) == (0, True)
+    assert all(f"  {name} " in ours for name in takes)
 
 
 def test_model_args_come_before_lm_evals_own_options(arms):

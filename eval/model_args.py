@@ -1,0 +1,33 @@
+"""What `--model adapt` takes as `--model_args`, as its help says it."""
+
+from __future__ import annotations
+
+MODEL_ARGS = {
+    "pretrained": "a diffusion checkpoint; needed",
+    "adapter": "a LoRA folder on top of it",
+    "dtype": "bfloat16, float16 or float32; default: what the checkpoint was saved in",
+    "device": "cpu, cuda or cuda:N; default: a GPU if there is one",
+    "attn_implementation": "the attention kernel, by its name in transformers",
+    "batch_size": "requests in a forward; default 1",
+    "max_length": "tokens of prompt and canvas; default: what the model has positions for",
+    "max_new_tokens": "tokens of the canvas where a task names none; default 256",
+    "threshold": "keep guesses with at least this probability; default 0.9",
+    "tokens_per_step": "keep this many guesses a round instead",
+    "temperature": "default 0: the most likely token",
+    "top_p": "draw from the smallest set of tokens with this much probability; default 1",
+    "mc_samples": "noised copies that a likelihood is estimated on; default 32",
+    "seed": "of the masks and of drawn tokens; default 1234",
+    "greedy": "always: compute is_greedy for multiple choice too; default auto",
+    "progress": "True or False: draw bars; default True",
+    "chat_template_args": "keywords of the chat template; a dict, so write all of --model_args as JSON",
+}
+
+
+def model_args_help() -> str:
+    """The lines that `adapt lm_eval --help` adds to lm-eval's own."""
+    width = max(map(len, MODEL_ARGS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in MODEL_ARGS.items()]
+    example = "adapt lm_eval --model adapt --model_args pretrained=out/smollm2,threshold=0.8 --tasks gsm8k"
+    return "\n".join(
+        ["--model_args of --model adapt, name=value with commas between them:", *lines, "", f"  {example}"]
+    )
