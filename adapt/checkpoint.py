@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from . import adapters
 from .model import DiffusionLM
 from .probe import probe
 
@@ -18,6 +19,7 @@ ATTENTIONS = ("bidirectional", "block", "prefix")
 CLEAN_CONTEXTS = ("block", "causal")
 NOISES = ("absorbing", "hybrid", "uniform")
 FORMAT_VERSION = 1
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,9 @@ def load(
     raises ValueError if the loaded weights do not attend as the checkpoint promises.
     """
     # 1. Everything that can be refused before weights are read.
+    folder, adapter = adapters.base_and_adapter(folder, adapter)
     check_model_folder(folder)
     device, dtype = _device(device), _dtype(dtype)
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"adapter={adapter}: not a PEFT folder (no adapter_config.json in it)")
     spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.mask_token_id != spec.mask_token_id:
@@ -126,9 +127,7 @@ def load(
     # 2. The weights, all of them.
     model = _weights(folder, dtype, attn_implementation)
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        model = adapters.merged(model, adapter)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     # 3. The proof.
     mask_free = probe(model, spec.attention, spec.clean_context) if verify else False
@@ -188,7 +187,6 @@ def _device(device: torch.device | str | None) -> torch.device:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype not in known:
-        raise ValueError(f"dtype={dtype}: choose one of auto, {', '.join(known)}")
-    return known[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

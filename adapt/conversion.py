@@ -4,6 +4,7 @@
     adapt convert ./my-llama out/my-dlm                        # a local folder, bidirectional
     adapt convert ./my-llama out/my-dlm --attention block --block_size 32
     adapt convert model.Q4_1.gguf out/from-gguf --shift_logits true
+    adapt convert ./my-llama out/my-dlm --adapter ./my-lora    # a PEFT adapter merged in (or BASE is its folder)
 
 Weights are copied tensor by tensor; only the mask token's row of the embedding (and of an untied head) is written
 anew. The result is probed with its weights loaded, and appears under OUT only when all of it is there.
@@ -27,8 +28,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import adapters, weights
 from . import source as sources
-from . import weights
 from .arguments import CommandParser
 from .attention import layer_windows
 from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DiffusionSpec, check_loaded, check_model_folder
@@ -56,6 +57,7 @@ def convert(
     seed: int = 0,
     pad_to_multiple_of: int | None = None,
     dtype: str | None = None,
+    adapter: str | Path | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
@@ -67,7 +69,8 @@ def convert(
     block_size and clean_context ("causal", the default, or "block") belong to block attention; noise is what it will be trained
     with ("absorbing", "uniform", or "hybrid" with its p_uniform). mask_init_std: of Gaussian noise around that mean, drawn from
     seed. pad_to_multiple_of: rows of the embedding. dtype: default is what the weights are stored in. verify: probe all
-    layers on the written weights, which stay in their files (memory: `mapped.py`).
+    layers on the written weights, which stay in their files (memory: `mapped.py`). adapter: a PEFT folder that is merged into `base`
+    first.
     Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
     """
     out = Path(out)
@@ -84,6 +87,7 @@ def convert(
         clean_context = clean_context or "causal"
         if clean_context not in CLEAN_CONTEXTS:
             raise ValueError(f"clean_context={clean_context}: choose one of {', '.join(CLEAN_CONTEXTS)}")
+    base, adapter = adapters.base_and_adapter(base, adapter)
     spec = DiffusionSpec(
         attention=attention,
         mask_token_id=-1,
@@ -107,6 +111,8 @@ def convert(
         # 1. Everything that can be refused before weights are copied.
         config = sources.read_config(source, base, trust_remote_code=trust_remote_code)
         _check_base(config, base)
+        if adapter is not None:
+            source = adapters.merge_folder(source, adapter, scratch / "merged")
         shards = read_shards(source)
         skeleton = sources.skeleton(config, base, shards, trust_remote_code=trust_remote_code)
         stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
@@ -264,6 +270,7 @@ def main(argv: list[str]) -> None:
         default=None,
         help="bfloat16, float16 or float32; default: as the weights are stored",
     )
+    parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge into BASE first")
     parser.add_argument("--attn_implementation", type=str | None, default=None, help="kernel that the probe runs with")
     parser.add_argument(
         "--trust_remote_code", type=bool, default=False, help="run Python files that come with the model"

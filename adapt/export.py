@@ -1,0 +1,145 @@
+"""Writes a diffusion checkpoint as a folder that works without this package: weights, tokenizer, model card, decoding code.
+
+    adapt export runs/mine/model out/mine --format hf
+    adapt export runs/mine/converted out/mine --format hf --adapter runs/mine/adapter --dtype bfloat16
+    adapt export runs/mine/model out/mine --format hf --report out/report/report.json --license apache-2.0
+
+and then, wherever transformers is:
+
+    model = AutoModelForCausalLM.from_pretrained("out/mine")
+    model.generate(**inputs, custom_generate="out/mine", trust_remote_code=True, max_new_tokens=64)
+
+OUT appears when all of it is there. What is in OUT/custom_generate/ is cut out of this package, so it writes the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import GenerationConfig
+
+from .adapters import base_and_adapter
+from .arguments import CommandParser
+from .checkpoint import DTYPES, load
+from .model import DiffusionLM
+from .model_card import hub_base, license_of, read_report, write_card
+from .sampler import SamplerConfig
+from .staging import publish, scratch_beside
+from .standalone import standalone
+
+FORMATS = ("hf",)
+REQUIREMENTS = ("torch>=2.9", "transformers>=5.20")  # tests/test_packaging.py holds them against pyproject.toml
+MAX_NEW_TOKENS = 64  # what `adapt generate` writes by default
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    report: str | Path | None = None,
+    license: str | None = None,
+    sampler: SamplerConfig | None = None,
+) -> Path:
+    """Writes the checkpoint to the new folder `out` as plain transformers load it; returns its path.
+
+    adapter: a PEFT folder to merge in. dtype: of the weights, after merging; default as in the checkpoint. max_shard_size: of
+    one safetensors file. report: the report.json of a comparison of this checkpoint, for the model card. license: as the Hub
+    spells it; default is what the card of the checkpoint or of its base says. sampler: what OUT decodes with where the caller
+    says nothing. The attention pattern is proved on the weights before they are written. Raises ValueError if `out` exists, and
+    for what `load` refuses.
+    """
+    out = Path(out)
+    _check_settings(out, format, dtype, max_shard_size)
+    checkpoint, adapter = base_and_adapter(checkpoint, adapter)
+    figures = None if report is None else read_report(report, Path(checkpoint))
+    lm = load(checkpoint, adapter=adapter, device="cpu")
+    if dtype is not None:
+        lm.model.to(DTYPES[dtype])  # pyright: ignore[reportArgumentType]
+    sampler = sampler or SamplerConfig()
+    spec = lm.spec if hub_base(lm.spec) else dataclasses.replace(lm.spec, base_model=Path(lm.spec.base_model).name)
+    spec.write_to(lm.model.config)  # a stranger has no use for a path of this machine
+    with scratch_beside(out) as scratch:
+        staged = scratch / "export"
+        staged.mkdir()
+        lm.model.generation_config = _generation_config(lm, sampler)
+        lm.model.save_pretrained(staged, max_shard_size=max_shard_size)
+        lm.tokenizer.save_pretrained(staged)
+        _write_code(staged / "custom_generate")
+        for name in ("LICENSE", "LICENSE.txt"):
+            if (Path(checkpoint) / name).is_file():
+                shutil.copyfile(Path(checkpoint) / name, staged / name)
+        license = license or license_of(Path(checkpoint), lm.spec)
+        about = {"license": license, "report": figures, "has_chat_template": bool(lm.tokenizer.chat_template)}
+        write_card(staged / "README.md", out.name, spec, sampler, **about)
+        publish(staged, out)
+    return out
+
+
+def _check_settings(out: Path, format: str, dtype: str | None, max_shard_size: str) -> None:
+    if out.exists():
+        raise ValueError(f"out={out}: exists already; choose a new folder or remove it (nothing was overwritten)")
+    if format not in FORMATS:
+        raise ValueError(f"format={format}: choose one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"\d+([KMGT]I?)?B", max_shard_size.upper()):
+        raise ValueError(f"max_shard_size={max_shard_size}: must be a size like 500MB, 5GB or 2GiB")
+
+
+def _generation_config(lm: DiffusionLM, sampler: SamplerConfig) -> GenerationConfig:
+    """What `adapt generate` decodes with by default, for callers who say nothing; the base's own is for another way of writing."""
+    tokenizer: Any = lm.tokenizer
+    config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=sampler.temperature > 0,
+    )
+    chosen = {name: value for name, value in dataclasses.asdict(sampler).items() if value is not None}
+    if sampler.temperature == 0:
+        del chosen["temperature"], chosen["top_p"]
+    if lm.spec.noise == "uniform":
+        chosen["vocabulary_size"] = len(tokenizer)
+    for name, value in chosen.items():
+        setattr(config, name, value)
+    return config
+
+
+def _write_code(folder: Path) -> None:
+    folder.mkdir()
+    for module, source in standalone("custom_generate", ["generate"]).items():
+        name = "generate" if module == "custom_generate" else module  # transformers looks for this name
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS))
+
+
+def main(argv: list[str]) -> None:
+    """The `adapt export` command."""
+    parser = CommandParser(prog="adapt export", description=__doc__)
+    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="folder with a diffusion checkpoint")
+    parser.add_argument("out", type=str, metavar="OUT", help="new folder")
+    parser.add_argument("--format", type=str, default="hf", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge in")
+    parser.add_argument("--dtype", type=str | None, default=None, help=f"{', '.join(DTYPES)}; default: as in CKPT")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="of one safetensors file")
+    parser.add_argument("--report", type=str | None, default=None, help="report.json of `adapt compare`, for the card")
+    parser.add_argument("--license", type=str | None, default=None, help="as the Hub spells it; default: the base's")
+    parser.add_class_arguments(SamplerConfig, "sampler")
+    arguments = parser.instantiate(parser.parse_args(argv))
+    out = export(**vars(arguments))
+    print(f"{out}: loads with transformers alone; custom_generate/ decodes as this package does", file=sys.stderr)
+    if ModelCard.load(out / "README.md").data.to_dict().get("license") is None:
+        print(
+            f"{out}/README.md: names no licence, the base's is not known here; add it with --license", file=sys.stderr
+        )
