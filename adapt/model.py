@@ -35,14 +35,16 @@ def hidden_states(
     cache: Cache | None = None,
     pieces: Geometry | None = None,
     right_window: Tensor | int | None = None,
+    dense: bool = False,
 ) -> Tensor:
     """Last hidden states [B, Q, D] of input_ids [B, Q] under the attention pattern of `layout`.
 
     layout: of all keys; with a KV cache it is longer than input_ids, which are its last tokens. None = plain
     bidirectional attention on unpadded rows, for models with `config.is_causal = False`: no mask is built and flash
-    kernels apply. pieces: the layout's geometry, where the caller has it on the host already (`collate`).
+    kernels apply. pieces: the layout's geometry, where the caller has it on the host already (`collate`). dense: the
+    tokens stand in no particular order, so that a kernel that cuts the layout into pieces takes a mask over everything.
     """
-    options = {"cache": cache, "pieces": pieces, "right_window": right_window}
+    options = {"cache": cache, "pieces": pieces, "right_window": right_window, "dense": dense}
     return _outputs(model, input_ids, layout, **options).last_hidden_state
 
 
@@ -54,20 +56,20 @@ def _outputs(
     cache: Cache | None = None,
     pieces: Geometry | None = None,
     right_window: Tensor | int | None = None,
+    dense: bool = False,
     output_router_logits: bool = False,
 ) -> Any:
     """The backbone's outputs; with output_router_logits those of the experts' routers are among them."""
     more = {"output_router_logits": True} if output_router_logits else {}
     if layout is None:
-        return _backbone(model)(input_ids=input_ids, use_cache=False, **more)
+        return backbone_of(model)(input_ids=input_ids, use_cache=False, **more)
     num_queries = input_ids.shape[1]
     inputs: dict[str, Any] = {"input_ids": input_ids, "past_key_values": cache, "use_cache": cache is not None}
-    if model.config._attn_implementation == PIECES and cache is None:
+    if model.config._attn_implementation == PIECES and cache is None and not dense:
         windows = layer_windows(model.config)
         nothing = input_ids.new_empty(1, 1, 0, 0)  # four dimensions: transformers builds no mask of its own
         inputs["attention_mask"] = {kind: nothing for kind in windows} if isinstance(windows, dict) else nothing
-        spans = set(windows.values()) if isinstance(windows, dict) else {windows}
-        inputs["pieces"] = with_masks(pieces or geometry_of(layout), layout, spans, right_window)
+        inputs["pieces"] = with_masks(pieces or geometry_of(layout), layout, windows, right_window)
     else:
         inputs["attention_mask"] = attention_mask(
             model.config,
@@ -77,7 +79,7 @@ def _outputs(
             dtype=model.dtype,
             cache_key=None if pieces is None else pieces.key,
         )
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = layout.last(num_queries).position_ids
     return backbone(**inputs, **more)
@@ -174,11 +176,13 @@ def _loss(
     return loss + router_weight * router_aux_loss(model, outputs, layout) if routed else loss, list(nats)
 
 
-def _backbone(model: PreTrainedModel) -> torch.nn.Module:
-    backbone = model.base_model
-    if backbone is model:
-        raise ValueError(f"base={type(model).__name__}: has no base_model apart from its head, so it cannot be adapted")
-    return backbone
+def backbone_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its head. ValueError where transformers does not say which part that is."""
+    candidates = (model.base_model, model.get_decoder())  # Llama 4's base_model_prefix names no attribute of it
+    for candidate in candidates:
+        if candidate is not None and candidate is not model:
+            return candidate
+    raise ValueError(f"base={type(model).__name__}: has no base_model apart from its head, so it cannot be adapted")
 
 
 @dataclass(frozen=True)
