@@ -178,10 +178,11 @@ def _loss(
 
 def backbone_of(model: PreTrainedModel) -> torch.nn.Module:
     """The model without its head. ValueError where transformers does not say which part that is."""
-    candidates = (model.base_model, model.get_decoder())  # Llama 4's base_model_prefix names no attribute of it
-    for candidate in candidates:
-        if candidate is not None and candidate is not model:
-            return candidate
+    if model.base_model is not model:
+        return model.base_model
+    for part in model.children():  # Llama 4's base_model_prefix names no attribute of it
+        if isinstance(part, PreTrainedModel) and model.get_input_embeddings() in part.modules():
+            return part
     raise ValueError(f"base={type(model).__name__}: has no base_model apart from its head, so it cannot be adapted")
 
 

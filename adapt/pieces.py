@@ -134,7 +134,7 @@ def _run(
         queries = query[rows, :, piece.start : piece.stop]
         parts = groups.setdefault((piece.row, piece.end_row), [])
         if not piece.keys:
-            parts.append(torch.zeros_like(queries))
+            parts.append(queries.new_zeros(*queries.shape[:-1], value.shape[-1]))  # MLA: not the queries' width
             continue
         keys, values = (_stretches(x[rows], piece.keys) for x in (key, value))
         if gqa and mask is not None and query.is_cuda:  # CUDA has no fast kernel for both
