@@ -169,9 +169,11 @@ def layer_windows(config: PretrainedConfig) -> dict[str, Span] | Span:
     foreign = sorted({kind for kind in layer_types if kind not in ("full_attention", *_SPAN_FIELDS)})
     if foreign:
         layers = [i for i, kind in enumerate(layer_types) if kind in foreign]
+        listed = str(layers) if len(layers) <= 8 else f"{str(layers[:8])[:-1]}, ... {layers[-1]}]"
         raise ValueError(
-            f"base={config.model_type}: layers {layers} are {', '.join(foreign)}, which read left to right whatever "
-            "the mask says; choose a model whose layers are all full, sliding or chunked attention"
+            f"base={config.model_type}: layers {listed} are {', '.join(foreign)}, for which a mask does not decide who sees "
+            "whom (recurrent, convolution, compressed, indexed); choose a model whose layers are all full, sliding or "
+            "chunked attention"
         )
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"base={config.model_type}: none of its layers is attention; choose a transformer model")
@@ -227,7 +229,8 @@ def _dense_mask(rule: Callable, keys: Layout, num_queries: int, additive: torch.
     seen = rule(*_indices(batch, num_queries, num_keys, keys.position_ids.device))
     if additive is None:
         return seen
-    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill_(~seen, torch.finfo(additive).min)
+    lowest = max(torch.finfo(additive).min, torch.finfo(torch.float32).min)  # several models add it in float32
+    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill_(~seen, lowest)
 
 
 def _block_mask(rule: Callable, keys: Layout, num_queries: int):

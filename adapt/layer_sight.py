@@ -30,11 +30,11 @@ class Sight(NamedTuple):
 
 
 def layer_sight(model: PreTrainedModel, backbone: nn.Module, forward: Callable[[], Any], length: int) -> list[Sight]:
-    """Who sees whom in each layer that `forward` calls, on rows that are `length` copies of one row of `length` tokens.
+    """Who sees whom in each layer that `forward` calls, in the order of the calls; the rows are `length` copies of one row.
 
     Row r asks for the gradient of token r. Every layer starts from hidden states of its own, so that only its own attention
     counts; a layer that takes keys and values from an earlier one (shared KV) is asked about that one's hidden states. Memory:
-    the activations of one layer. Raises ValueError where the model has no list of its layers.
+    the activations of one layer. Raises ValueError where the layers cannot be told apart.
     """
     layers = _layers(backbone, model)
     seen: list[Sight] = []
@@ -52,10 +52,12 @@ def layer_sight(model: PreTrainedModel, backbone: nn.Module, forward: Callable[[
     def ask(layer: nn.Module, _args: tuple, _kwargs: dict, outputs: Any) -> Any:
         nonlocal direction
         output: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+        if output.shape[-3:-1] != (length, length) or output.shape[-1] != inputs[-1].shape[-1]:
+            raise ValueError(f"base={type(model).__name__}: its layers do not hand on hidden states [.., B, L, D]")
         if direction is None:
             generator = torch.Generator().manual_seed(0)
             direction = torch.randn(output.shape[-1], generator=generator).to(output)
-        own = _of_rows(output, rows, length)
+        own = output[..., rows, rows, :]
         (gradients, *others) = torch.autograd.grad(
             (own * direction).sum(), [inputs[-1], *inputs[:-1]], retain_graph=True, allow_unused=True
         )
@@ -82,16 +84,10 @@ def _layers(backbone: nn.Module, model: PreTrainedModel) -> dict[nn.Module, int]
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not lists:
         raise ValueError(
-            f"base={type(model).__name__}: has no list of its {count} layers, so nobody can show what each of them sees"
+            f"base={type(model).__name__}: has no list of its {count} layers, so what each of them sees cannot be shown"
         )
     largest = max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
     return {layer: index for index, layer in enumerate(largest)}
-
-
-def _of_rows(hidden: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Token r of row r, [..., L, D], of hidden states [..., B, L, D]."""
-    assert hidden.shape[-3:-1] == (length, length), f"a layer gives {tuple(hidden.shape)}"
-    return hidden[..., rows, rows, :]
 
 
 def _moved(gradients: Tensor | None, length: int) -> Tensor:

@@ -11,10 +11,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import Layout, attention_mask, layer_windows
 from .moe import has_router_loss, router_aux_loss
@@ -94,19 +96,63 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 def after_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """What the model does to the logits [..., V] that its output embedding gives: scales and caps, or nothing."""
-    config = model.config
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    factor = getattr(config, "logit_scale", None)  # Cohere
-    soft_cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    if model not in _scales_and_caps:
+        _scales_and_caps[model] = _scale_and_cap(model)
+    scale, soft_cap = _scales_and_caps[model]
 
     def post(logits: Tensor) -> Tensor:
-        if divisor is not None:
-            logits = logits / divisor
-        if factor is not None:
-            logits = logits * factor
+        if scale != 1:
+            logits = logits * scale
         return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
     return post
+
+
+_scales_and_caps: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()
+
+
+def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(factor of the logits, their soft cap), by sending known ones through the model's own forward.
+
+    Configs call them logit_scale, logits_scaling (a divisor in Granite, a factor in HyperCLOVAX) and other names. No
+    parameter is read, so that it works on a model whose weights are elsewhere (DeepSpeed ZeRO-3).
+    """
+    small, large = 2.0**-10, 1e6
+    backbone, head = backbone_of(model), model.get_output_embeddings()
+    device = next(model.parameters()).device
+    known = torch.tensor([small, large], device=device)[None, :, None].repeat(1, 1, model.config.vocab_size)
+    hidden = torch.ones(1, 2, model.config.hidden_size, device=device)
+    taken: list[Tensor] = []
+
+    def give_known(hidden: Tensor) -> Tensor:
+        taken.append(hidden)
+        return known
+
+    forwards = {module: module.__dict__.get("forward") for module in (backbone, head)}
+    try:
+        backbone.forward = lambda *_, **__: _OnlyHidden(last_hidden_state=hidden)
+        head.forward = give_known
+        with torch.no_grad():
+            logits: Any = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
+    finally:
+        for module, forward in forwards.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+    low, high = (float(x) for x in logits[0, :, 0])
+    scale = float(f"{low / small:.6g}")  # tanh is not quite linear there
+    soft_cap = None if high > 0.5 * scale * large else high
+    before = float(f"{float(taken[0].float().mean()):.6g}")  # MiniCPM3 scales the hidden states instead
+    return scale * before, soft_cap
+
+
+class _OnlyHidden(BaseModelOutputWithPast):
+    """A backbone's output that has nothing else: no attentions, no router logits."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class Term(NamedTuple):
@@ -128,6 +174,7 @@ def attach_loss(model: PreTrainedModel) -> PreTrainedModel:
     `terms` the forward is the model's own. A mixture of experts that has a balancing loss adds router_weight times it.
     """
     plain_forward = model.forward
+    after_head(model)  # while the forward is still the model's own
 
     def forward(*args, terms: list[Term] | None = None, **kwargs):
         if terms is None:

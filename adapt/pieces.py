@@ -119,6 +119,12 @@ def sdpa_pieces(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
+    more = [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]
+    if more:
+        raise ValueError(
+            f"model.attn_implementation={NAME}: does not know the {', '.join(more)} of {type(module).__name__}; use "
+            "flex_attention or eager"
+        )
     attention: Any = module
     kind = attention.config.layer_types[attention.layer_idx] if len(pieces) > 1 else next(iter(pieces))
     return _run(pieces[kind], query, key, value, dropout, scaling), None
@@ -151,7 +157,9 @@ def _run(
                 enable_gqa=queries.shape[1] != keys.shape[1],
             )
         )
-    return torch.cat([torch.cat(parts, dim=2) for parts in groups.values()]).transpose(1, 2)
+    return (
+        torch.cat([torch.cat(parts, dim=2) for parts in groups.values()]).transpose(1, 2).contiguous()
+    )  # AfMoE views it
 
 
 def _stretches(x: Tensor, stretches: tuple[tuple[int, int], ...]) -> Tensor:

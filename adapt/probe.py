@@ -33,6 +33,17 @@ logger = logging.getLogger(__name__)
 
 SPAN = 3
 _TRIES = 4
+_CANNOT = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 _DOCUMENTS = [1] * 9 + [2] * 5 + [PADDING_DOCUMENT] * 2
 _POSITIONS = [*range(9), *range(5), 0, 1]
 _PREFIX_VIEWS = [0] * 4 + [1] * 5 + [0] * 2 + [1] * 3 + [0] * 2
@@ -123,15 +134,20 @@ def _distinct_tokens(model: PreTrainedModel, length: int, seed: int = 0) -> tupl
     return picked[:length], picked[length:]
 
 
-def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout, dense: bool = False) -> Tensor:
-    """Hidden states in float32; ValueError where the model cannot take the mask, or computes nonsense."""
+def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout | None, dense: bool = False) -> Tensor:
+    """Hidden states in float32 under one layout for all rows, None = the model called plainly; ValueError where it cannot."""
     try:
-        hidden = hidden_states(model, tokens, _rows(layout, len(tokens)), dense=dense).float()
+        rows = None if layout is None else _rows(layout, len(tokens))
+        hidden = hidden_states(model, tokens, rows, dense=dense).float()
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except _CANNOT as error:
+        if str(error).startswith(("base=", "model.")):  # ours
+            raise
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"base={type(model).__name__}: does not take an explicit attention mask ({reason})") from error
+        what = "does not run as it is" if layout is None else "does not take an explicit attention mask"
+        kernel = model.config._attn_implementation
+        raise ValueError(f"base={type(model).__name__}: {what} with {kernel} attention ({reason})") from error
     if not hidden.isfinite().all():
         raise ValueError(
             f"base={type(model).__name__}: computes NaN or infinity in {model.dtype}; try another dtype, or mend it"
@@ -145,7 +161,7 @@ def _check_edits(model: PreTrainedModel, attention: str, layout: Layout, hidden:
     for sees in _promised(model, layout):
         reachable = (sees.float() @ reachable.float()) > 0
     moved = (hidden[1:] - hidden[:1]).abs().amax(-1).T / hidden.abs().amax(-1).mean()  # [query, edited key]
-    noise = 1e-5 if model.dtype == torch.float32 else 1e-3
+    noise = 1e-5 if torch.finfo(model.dtype).eps < 1e-6 else 1e-3
     leaked = ~reachable & (moved > noise)
     if leaked.any():
         raise _wrong(model, attention, "", leaked, "sees, but should not,")
@@ -251,12 +267,12 @@ def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, effect: float) ->
     one_text = torch.ones(1, first, dtype=torch.long, device=tokens.device)
     ours = _forward(model, tokens[None, :first], Layout.of("prefix", one_text, num_prompt_tokens=first))
     with _as_causal(model):
-        plain = backbone_of(model)(input_ids=tokens[None, :first], use_cache=False).last_hidden_state.float()
+        plain = _forward(model, tokens[None, :first], None)
     difference = _difference(ours, plain)
     if not _is_rounding(model, difference, effect):
         raise ValueError(
             f"base={type(model).__name__}: under our causal mask it differs by {difference:.0e} from what it computes by "
-            "itself, so its layers do not attend as its config says; choose another base model"
+            "itself, so its layers or its positions are not what its config says; choose another base model"
         )
 
 
@@ -291,7 +307,7 @@ def _check_reach(model: PreTrainedModel, attention: str, layout: Layout) -> None
 
 def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: Tensor) -> bool:
     first = _DOCUMENTS.count(1)
-    plain = hidden_states(model, tokens[None, :first], None).float()
+    plain = _forward(model, tokens[None, :first], None)
     expected = masked_hidden[:1, :first]
     if (plain - expected).abs().amax() <= _tolerance(model) * expected.abs().amax():
         return True
@@ -303,14 +319,16 @@ def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: 
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    return 1e-4 if model.dtype == torch.float32 else 0.1
+    return 1e-4 if torch.finfo(model.dtype).eps < 1e-6 else 0.1
 
 
 def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
-    logits = model(input_ids=tokens[None], use_cache=False).logits.float()
-    hidden = backbone_of(model)(input_ids=tokens[None], use_cache=False).last_hidden_state
-    ours = output_head(model)(hidden).float()
-    if (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
-        raise ValueError(
-            f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
-        )
+    wrong = f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
+    hidden: Tensor = backbone_of(model)(input_ids=tokens[None], use_cache=False).last_hidden_state
+    logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits.float()
+    try:
+        ours = output_head(model)(hidden).float()
+    except RuntimeError as error:  # a head that takes another width
+        raise ValueError(wrong) from error
+    if ours.shape != logits.shape or (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
+        raise ValueError(wrong)

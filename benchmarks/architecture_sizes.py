@@ -37,13 +37,67 @@ _SIZES: dict[str, Any] = {
     "is_decoder": True,
 }
 _SET_WHERE_NONE = ("head_dim", "n_routed_experts", "num_experts_per_tok", "num_key_value_heads", "n_shared_experts")
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": SPAN}
+_CONV_AND_FULL = {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        **_SLIDING_AND_FULL,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "dots1": {"moe_intermediate_size": 48, "n_shared_experts": 1, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 30,
+        }
+    },
+    "gemma4_text": {"global_head_dim": 8, "hidden_size_per_layer_input": 8},
+    "gemma4_unified_text": {"global_head_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": SPAN},
+    "hyperclovax": {"logits_scaling": 0.5},
+    "lfm2": _CONV_AND_FULL,
+    "lfm2_moe": _CONV_AND_FULL,
+    "llama4_text": {"no_rope_layers": [1, 0]},
+    "longcat_flash": {
+        "head_dim": 8,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 48,
+        "moe_topk": 2,
+        "zero_expert_num": 2,
+    },
+    "minicpm3": {"dim_model_base": 16},
+    "mixtral": {"sliding_window": SPAN},
+    "phi3": {"sliding_window": SPAN},
+    "qwen2": {**_SLIDING_AND_FULL, "use_sliding_window": True},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True},
+    "xmod": {"default_language": "en_XX"},
+}
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A config of a few thousand parameters. Raises whatever the config class does where it cannot be made."""
     cls: Any = CONFIG_MAPPING[model_type]
-    plain = cls()
+    more = OVERRIDES.get(model_type, {})
+    plain = cls(**more)
     known = plain.to_dict()
     sizes = {
         name: size
@@ -60,7 +114,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     if kinds:
         kinds = kinds * 2 if len(kinds) == 1 else kinds
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
-    return cls(**sizes | OVERRIDES.get(model_type, {}))
+    return cls(**sizes | more)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

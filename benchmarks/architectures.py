@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from architecture_checks import ATTENTIONS, check, kinds_of
+from architecture_sizes import tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import adapt
 from adapt.conversion import _check_base
-from architecture_checks import ATTENTIONS, check, kinds_of
-from architecture_sizes import tiny_config, tiny_tokenizer
 
 LARGEST = 20_000_000
 """Parameters above which a config did not shrink and no model of it is made."""
@@ -54,15 +54,15 @@ def try_one(model_type: str, scratch: Path) -> Outcome:
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     try:
         config = tiny_config(model_type)
-    except Exception as error:  # each config class has its own way to say no
-        config, obstacle = transformers.CONFIG_MAPPING[model_type](), error
-    else:
         obstacle = None
+    except Exception as error:  # each config class has its own way to say no
+        config, obstacle = _plain_config(model_type), error
     try:
-        _check_base(config, model_type)
+        if config is not None:
+            _check_base(config, model_type)
     except ValueError as error:
         return Outcome(model_type, name, "refused", _reason(error, model_type))
-    if obstacle is None:
+    if config is not None and obstacle is None:
         try:
             model = tiny_model(config)
         except Exception as error:  # and each model class
@@ -70,6 +70,13 @@ def try_one(model_type: str, scratch: Path) -> Outcome:
     if obstacle is not None:
         return Outcome(model_type, name, "not tried", f"no tiny config: {_one_line(obstacle)}")
     return convert_and_check(model_type, name, model, scratch)
+
+
+def _plain_config(model_type: str) -> PretrainedConfig | None:
+    try:
+        return transformers.CONFIG_MAPPING[model_type]()
+    except Exception:  # the obstacle to the tiny one is what is told
+        return None
 
 
 def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
