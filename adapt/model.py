@@ -118,7 +118,8 @@ def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
     parameter is read, so that it works on a model whose weights are elsewhere (DeepSpeed ZeRO-3).
     """
     small, large = 2.0**-10, 1e6
-    backbone, head = backbone_of(model), model.get_output_embeddings()
+    head = model.get_output_embeddings()
+    backbones = {backbone_of(model), model.get_decoder()} - {None, model}  # OPT's forward calls the part of a part
     device = next(model.parameters()).device
     known = torch.tensor([small, large], device=device)[None, :, None].repeat(1, 1, model.config.vocab_size)
     hidden = torch.ones(1, 2, model.config.hidden_size, device=device)
@@ -128,9 +129,10 @@ def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
         taken.append(hidden)
         return known
 
-    forwards = {module: module.__dict__.get("forward") for module in (backbone, head)}
+    forwards = {module: module.__dict__.get("forward") for module in (*backbones, head)}
     try:
-        backbone.forward = lambda *_, **__: _OnlyHidden(last_hidden_state=hidden)
+        for backbone in backbones:
+            backbone.forward = lambda *_, **__: _OnlyHidden(last_hidden_state=hidden)
         head.forward = give_known
         with torch.no_grad():
             logits: Any = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits

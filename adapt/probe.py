@@ -144,7 +144,7 @@ def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout | None, dens
     except _CANNOT as error:
         if str(error).startswith(("base=", "model.")):  # ours
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
         what = "does not run as it is" if layout is None else "does not take an explicit attention mask"
         kernel = model.config._attn_implementation
         raise ValueError(f"base={type(model).__name__}: {what} with {kernel} attention ({reason})") from error

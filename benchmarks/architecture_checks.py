@@ -154,7 +154,9 @@ def _check_by_hand(lm: DiffusionLM) -> None:
     for kind in set(kinds):
         seen = torch.tensor([[in_words(q, k, kind) for k in row] for q in row])[None, None]
         masks[kind] = (
-            torch.zeros(seen.shape).double().masked_fill(~seen, torch.finfo(torch.float32).min) if eager else seen
+            torch.zeros(seen.shape, dtype=lm.model.dtype).masked_fill(~seen, torch.finfo(torch.float32).min)
+            if eager
+            else seen
         )
     mixed = any(kind != "full_attention" for kind in kinds) and getattr(lm.model.config, "layer_types", None)
     position_ids = torch.tensor([[token.position for token in row]])

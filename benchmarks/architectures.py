@@ -10,11 +10,14 @@ nothing with the converter's own probe agree with it (`architecture_checks.py`).
 from __future__ import annotations
 
 import argparse
+import logging
+import re
 import shutil
 import tempfile
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +31,35 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import adapt
 from adapt.conversion import _check_base
 
+MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+REASONS = {
+    "is an encoder-decoder": "encoder-decoder",
+    "is multimodal": "vision or audio inputs: its language model has to be saved apart",
+    "for which a mask does not decide": "recurrent, convolution, compressed or indexed layers",
+    "none of its layers is attention": "no attention layers",
+    "does not take an explicit attention mask": "takes no 4-D mask",
+    "goes by the column": "numbers tokens by column, not by the positions given",
+    "under our causal mask it differs": "numbers positions, or masks, in its own way",
+    "its logits are not its output embedding": "a head that is more than its output embedding",
+    "cannot be shown": "layers that cannot be told apart",
+    "a mask token cannot be added": "a vocabulary that is not one row per token",
+    "does not see, but should": "layers with a causal mask of their own",
+    "sees, but should not": "layers that see past the mask",
+}
+HELD = """
+What is held true of each that is converted, for bidirectional, prefix and block attention, in float64 where the model knows it: a
+token moves the logits of those that should see it and of no others (other document, padding, later block, outside the window or
+chunk); a plain call with masks written by hand gives our logits; packed equals separate; the kernels named agree; and under the
+causal mask the logits are the original's.
+"""
+ALIBI = """
+ALiBi (Bloom, MPT, Falcon with `alibi: true`): transformers adds `slope * column of the key`, the same for every query. That is a
+distance as long as keys lie in the past, because a softmax does not see a constant; for a key in the future it is a bonus that grows
+with its distance, where ALiBi means a penalty. Bloom and Falcon make the columns from the two-dimensional mask and fail on any other;
+MPT takes one, and numbers columns whatever positions say, so that the copies of block attention would stand apart from their place.
+"""
 LARGEST = 20_000_000
-"""Parameters above which a config did not shrink and no model of it is made."""
+"""parameters above which a config did not shrink and no model of it is made."""
 
 
 class Outcome(NamedTuple):
@@ -118,11 +148,74 @@ def convert_and_check(model_type: str, name: str, model: PreTrainedModel, scratc
 
 
 def _reason(error: ValueError, model_type: str) -> str:
-    return _one_line(error).removeprefix(f"base={model_type}: ")
+    """What the user is told, without who is meant and without what to do instead."""
+    said = re.sub(
+        r"^base=\w+: |^attention=\w+: the probe failed on ", "", _one_line(error).replace(f"base={model_type}: ", "")
+    )
+    return said.split("; choose")[0].split("; try another")[0].split("; only decoder")[0].split("; save its")[0]
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split())[:200]
+    return " ".join(f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split())
+
+
+def write_table(outcomes: list[Outcome], out: Path) -> None:
+    """The Markdown page: counts, then one table each for converted, refused by reason, and not tried."""
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    by_reason: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.outcome == "refused":
+            by_reason[class_of(outcome.reason)].append(outcome)
+    refused = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    lines = [
+        "# Architectures",
+        "",
+        f"Every causal language model of transformers ({len(outcomes)} model types), as a tiny random model: converted, probed, and "
+        "checked by experiments apart from the probe. Written by",
+        "",
+        "    python benchmarks/architectures.py --out docs/architectures.md",
+        "",
+        f"on {date.today()} with {versions}. **{counts['converted']} converted, {counts['refused']} refused, {counts['not tried']} not tried.**",
+        "",
+        *HELD.strip().splitlines(),
+        "",
+        "| refused because | model types |",
+        "|---|--:|",
+        *(f"| {reason} | {len(of)} |" for reason, of in refused),
+        "",
+        "## Converted",
+        "",
+        "| model type | class | layers | kernels |",
+        "|---|---|---|---|",
+        *(f"| {o.model_type} | {o.name} | {o.kinds} | {o.kernels} |" for o in outcomes if o.outcome == "converted"),
+        "",
+        "`sdpa_pieces` is ours: SDPA on what is seen only. FlexAttention is not run here; it takes the same rule.",
+        "",
+        "## Refused",
+        "",
+        "| model type | class | what is said |",
+        "|---|---|---|",
+        *(f"| {o.model_type} | {o.name} | {o.reason} |" for _, of in refused for o in of),
+        "",
+        *ALIBI.strip().splitlines(),
+        "",
+        "## Not tried",
+        "",
+        "| model type | class | why |",
+        "|---|---|---|",
+        *(f"| {o.model_type} | {o.name} | {o.reason} |" for o in outcomes if o.outcome not in ("converted", "refused")),
+        "",
+    ]
+    out.write_text("\n".join(lines))
+
+
+def class_of(reason: str) -> str:
+    """The kind of a refusal, for the summary."""
+    for sign, kind in REASONS.items():
+        if sign in reason:
+            return kind
+    raise ValueError(f"no kind for the reason: {reason}")
 
 
 def main() -> None:
@@ -130,15 +223,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--only", help="model types, comma-separated; default: every one")
     arguments = parser.parse_args()
+    if arguments.out and arguments.only:
+        parser.error("--out is written from every architecture; leave --only out")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model_types = arguments.only.split(",") if arguments.only else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    logging.getLogger("adapt.probe").setLevel(logging.ERROR)
+    model_types = arguments.only.split(",") if arguments.only else MODEL_TYPES
     outcomes = []
     for outcome in try_all(model_types):
         outcomes.append(outcome)
         print(*outcome, sep=" | ", flush=True)
-    print(Counter(outcome.outcome for outcome in outcomes))
+    print(*(f"{count} {outcome}" for outcome, count in Counter(o.outcome for o in outcomes).most_common()), sep=", ")
+    if arguments.out:
+        write_table(outcomes, arguments.out)
+    if any(outcome.outcome == "WRONG" for outcome in outcomes):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
