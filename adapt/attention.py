@@ -90,7 +90,7 @@ def mask_rule(
     key_document, key_views, key_position = keys.document_ids, keys.view_ids, keys.position_ids
     right = None if right_window is None else _number_on(key_position.device, right_window)
     context_lengths = queries.context_lengths
-    chunk = window.size if isinstance(window, Chunk) else None
+    chunk, distance = (window.size, None) if isinstance(window, Chunk) else (None, window)
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         ahead = key_position[b, k] - query_position[b, q]  # > 0: the key lies in the query's future
@@ -102,8 +102,8 @@ def mask_rule(
         seen = torch.where(key_view == 0, before, in_canvas)
         if chunk is not None:
             seen = seen & (key_position[b, k] // chunk == query_position[b, q] // chunk)
-        elif window is not None:
-            reach = torch.where(query_view == 0, window - 1, window)
+        if distance is not None:
+            reach = torch.where(query_view == 0, distance - 1, distance)
             seen = seen & (ahead.abs() <= reach)
         return seen & (query_document[b, q] == key_document[b, k])
 

@@ -118,8 +118,8 @@ def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
     parameter is read, so that it works on a model whose weights are elsewhere (DeepSpeed ZeRO-3).
     """
     small, large = 2.0**-10, 1e6
-    head = model.get_output_embeddings()
-    backbones = {backbone_of(model), model.get_decoder()} - {None, model}  # OPT's forward calls the part of a part
+    head: Any = model.get_output_embeddings()
+    backbones = {backbone_of(model), model.get_decoder() or model} - {model}  # OPT's forward calls the part of a part
     device = next(model.parameters()).device
     known = torch.tensor([small, large], device=device)[None, :, None].repeat(1, 1, model.config.vocab_size)
     hidden = torch.ones(1, 2, model.config.hidden_size, device=device)
@@ -129,7 +129,7 @@ def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
         taken.append(hidden)
         return known
 
-    forwards = {module: module.__dict__.get("forward") for module in (*backbones, head)}
+    forwards: dict[Any, Any] = {module: module.__dict__.get("forward") for module in (*backbones, head)}
     try:
         for backbone in backbones:
             backbone.forward = lambda *_, **__: _OnlyHidden(last_hidden_state=hidden)

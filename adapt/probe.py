@@ -17,7 +17,7 @@ reaches beyond them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,6 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
     """
     layout = _layout(attention, clean_context, model.device)
     length = layout.position_ids.shape[1]
-    windows = layer_windows(model.config)
     with _evaluated(model), short_spans(model, SPAN):
         attention_mask(model.config, layout)  # where the kernel takes no mask, that is the reason to give
         tokens, others = _distinct_tokens(model, length)
@@ -78,12 +77,11 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
         hidden = _forward(model, torch.cat([tokens[None], edits]), layout)
         _check_layers(model, attention, layout)
         _check_edits(model, attention, layout, hidden)
-        scale = _effect_of_positions(model, tokens, layout, hidden[:1])
-        _check_order(model, attention, tokens, layout, hidden[:1], scale)
-        _check_causal_mode(model, tokens, scale)
+        effect = _effect_of_positions(model, tokens, layout, hidden[:1])
+        _check_order(model, attention, tokens, layout, hidden[:1], effect)
+        _check_causal_mode(model, tokens, effect)
         mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
         _check_head(model, tokens)
-    assert layer_windows(model.config) == windows
     return mask_free
 
 
@@ -106,16 +104,15 @@ def _layout(attention: str, clean_context: str | None, device: torch.device) -> 
     return Layout(*(torch.tensor(part, device=device)[None] for part in parts))
 
 
-def _rows(layout: Layout, count: int) -> Layout:
-    columns = (layout.document_ids, layout.view_ids, layout.position_ids)
+def _each(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
+    """The layout with all its tensors changed alike."""
     lengths = layout.context_lengths
-    return Layout(*(x.expand(count, -1) for x in columns), None if lengths is None else lengths.expand(count, -1))
-
-
-def _columns(layout: Layout, order: Tensor) -> Layout:
-    columns = (layout.document_ids, layout.view_ids, layout.position_ids)
-    lengths = layout.context_lengths
-    return Layout(*(x[:, order] for x in columns), None if lengths is None else lengths[:, order])
+    return Layout(
+        change(layout.document_ids),
+        change(layout.view_ids),
+        change(layout.position_ids),
+        None if lengths is None else change(lengths),
+    )
 
 
 def _distinct_tokens(model: PreTrainedModel, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -137,7 +134,7 @@ def _distinct_tokens(model: PreTrainedModel, length: int, seed: int = 0) -> tupl
 def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout | None, dense: bool = False) -> Tensor:
     """Hidden states in float32 under one layout for all rows, None = the model called plainly; ValueError where it cannot."""
     try:
-        rows = None if layout is None else _rows(layout, len(tokens))
+        rows = None if layout is None else _each(layout, lambda x: x.expand(len(tokens), -1))
         hidden = hidden_states(model, tokens, rows, dense=dense).float()
     except torch.OutOfMemoryError:
         raise
@@ -169,8 +166,8 @@ def _check_edits(model: PreTrainedModel, attention: str, layout: Layout, hidden:
 
 def _check_layers(model: PreTrainedModel, attention: str, layout: Layout) -> None:
     """Every layer by itself sees what it should and nothing else."""
-    if model.config._attn_implementation == "flex_attention" and model.device.type == "cpu":
-        return _check_reach(model, attention, layout)  # forward only there
+    if not _has_gradients(model):
+        return _check_reach(model, attention, layout)
     length = layout.position_ids.shape[1]
     promised = _promised(model, layout)
     real = (layout.document_ids[0] != PADDING_DOCUMENT)[:, None]  # what padding sees is nobody's business
@@ -252,8 +249,9 @@ def _check_order(
     model: PreTrainedModel, attention: str, tokens: Tensor, layout: Layout, hidden: Tensor, effect: float
 ) -> None:
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    shuffled = _forward(model, tokens[None, order], _columns(layout, order), dense=True)
-    difference = _difference(shuffled, hidden[:, order], _columns(layout, order))
+    elsewhere = _each(layout, lambda x: x[:, order])
+    shuffled = _forward(model, tokens[None, order], elsewhere, dense=True)
+    difference = _difference(shuffled, hidden[:, order], elsewhere)
     if not _is_rounding(model, difference, effect):
         raise ValueError(
             f"base={type(model).__name__}: goes by the column in which a token stands and not by the position that it is "
@@ -305,17 +303,26 @@ def _check_reach(model: PreTrainedModel, attention: str, layout: Layout) -> None
         raise _wrong(model, attention, "", unseen, "does not see, but should,")
 
 
+def _has_gradients(model: PreTrainedModel) -> bool:
+    """FlexAttention on a CPU is forward only."""
+    return model.config._attn_implementation != "flex_attention" or model.device.type != "cpu"
+
+
 def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: Tensor) -> bool:
     first = _DOCUMENTS.count(1)
-    plain = _forward(model, tokens[None, :first], None)
-    expected = masked_hidden[:1, :first]
-    if (plain - expected).abs().amax() <= _tolerance(model) * expected.abs().amax():
-        return True
-    logger.warning(
-        f"{type(model).__name__} ignores config.is_causal=False with {model.config._attn_implementation} attention: "
-        "we pass an explicit mask, but a plain transformers load of this checkpoint stays causal"
-    )
-    return False
+    text = tokens[None, :first]
+    plain, expected = _forward(model, text, None), masked_hidden[:1, :first]
+    agrees = (plain - expected).abs().amax() <= _tolerance(model) * expected.abs().amax()
+    if agrees and _has_gradients(model):
+        promised = _promised(model, Layout.of("bidirectional", torch.ones_like(text)))
+        sights = layer_sight(model, backbone_of(model), lambda: _forward(model, text.expand(first, -1), None), first)
+        agrees = all(torch.equal(sight.sees, promised[sight.index]) for sight in sights)
+    if not agrees:
+        logger.warning(
+            f"{type(model).__name__} ignores config.is_causal=False with {model.config._attn_implementation} attention: "
+            "we pass an explicit mask, but a plain transformers load of this checkpoint stays causal"
+        )
+    return bool(agrees)
 
 
 def _tolerance(model: PreTrainedModel) -> float:

@@ -93,6 +93,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"],
         "feed_forward_size": 48,
     },
+    "qwen3_moe": {"sliding_window": SPAN, "use_sliding_window": True},
+    "starcoder2": {"sliding_window": SPAN},
     "smollm3": {"no_rope_layers": [1, 0]},
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True},
     "xmod": {"default_language": "en_XX"},

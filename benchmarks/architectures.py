@@ -132,9 +132,9 @@ def convert_and_check(model_type: str, name: str, model: PreTrainedModel, scratc
     kinds = ", ".join(dict.fromkeys(kinds_of(model)))
     kernels = ""
     for attention in ATTENTIONS:
-        options = {"block_size": 4} if attention == "block" else {}
+        block_size = 4 if attention == "block" else None
         try:
-            out = adapt.convert(base, scratch / attention, attention=attention, verify=False, **options)
+            out = adapt.convert(base, scratch / attention, attention=attention, block_size=block_size, verify=False)
             lm = adapt.load(out, device="cpu")
         except ValueError as error:
             return Outcome(model_type, name, "refused", _reason(error, model_type), kinds)
@@ -176,7 +176,8 @@ def write_table(outcomes: list[Outcome], out: Path) -> None:
         "",
         "    python benchmarks/architectures.py --out docs/architectures.md",
         "",
-        f"on {date.today()} with {versions}. **{counts['converted']} converted, {counts['refused']} refused, {counts['not tried']} not tried.**",
+        f"on {date.today()} with {versions}. "
+        f"**{counts['converted']} converted, {counts['refused']} refused, {counts['not tried']} not tried.**",
         "",
         *HELD.strip().splitlines(),
         "",

@@ -30,16 +30,8 @@ PROMISED = (
     *("falcon", "stablelm", "starcoder2", "deepseek_v3", "gpt_oss", "glm4"),
 )
 WINDOWED = (
-    "gemma2",
-    "gemma3_text",
-    "gemma4_text",
-    "gpt_oss",
-    "ministral",
-    "mistral",
-    "mixtral",
-    "olmo3",
-    "phi3",
-    "qwen2",
+    *("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "ministral", "mistral", "mixtral", "olmo3", "phi3", "qwen2"),
+    *("qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
 )
 EAGER_ONLY = ("gemma2", "gpt_oss")
 

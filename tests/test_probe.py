@@ -184,6 +184,17 @@ def test_one_wrong_layer_cannot_hide_behind_the_others_in_any_dtype_or_scale(ind
         probe(_mask_of_layer(gemma(), index, change), "bidirectional")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_load_that_stays_causal_is_noticed_however_little_attention_adds(dtype):
+    for kind, mask_free in (("stablelm", False), ("llama", True)):
+        model = _bidirectional(kind)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "proj" in name:
+                    parameter.mul_(1e-4)
+        assert probe(model.to(dtype), "bidirectional") is mask_free
+
+
 def test_positions_that_do_not_arrive_are_noticed_even_where_no_mask_is_wrong():
     model = _bidirectional("llama")
     forward = model.model.forward
