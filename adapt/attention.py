@@ -14,19 +14,31 @@ Shapes: B rows, Q queries, L keys (Q < L when a KV cache holds the first L - Q).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 PADDING_DOCUMENT = 0  # document ids of real tokens start at 1
 _KEPT_MASKS = 8
 _block_masks: dict[tuple, Any] = {}
+_SPAN_FIELDS = {"chunked_attention": "attention_chunk_size", "sliding_attention": "sliding_window"}
 _DENSE = ("eager", "sdpa", "sdpa_pieces")
+
+
+class Chunk(NamedTuple):
+    """Attention inside chunks of `size` tokens, counted from the start of the document (Llama 4)."""
+
+    size: int
+
+
+Span = int | Chunk | None
+"""How far a layer sees: a sliding window in tokens, a chunk, or everything (None)."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +74,13 @@ class Layout:
 
 
 def mask_rule(
-    queries: Layout, keys: Layout, *, window: int | None = None, right_window: Tensor | int | None = None
+    queries: Layout, keys: Layout, *, window: Span = None, right_window: Tensor | int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The rule as a function (b, h, q, k) -> bool, True where query q sees key k; FlexAttention's `mask_mod`.
 
-    window: sliding-window size of the layer, None = full. Causal context keeps transformers' causal convention
+    window: sliding-window size or chunk of the layer, None = full. Causal context keeps transformers' causal convention
         (distance < window); a canvas has its bidirectional one (distance <= window), so that a plain load of a
-        bidirectional checkpoint attends as we trained it.
+        bidirectional checkpoint attends as we trained it. A chunk is the same for both.
     right_window: how far a canvas sees to its right while attention is annealed from causal to bidirectional
         (DiffuLLaMA, arXiv:2410.17891, opens future edges at random; a window does it in closed form). None = all.
     """
@@ -78,6 +90,7 @@ def mask_rule(
     key_document, key_views, key_position = keys.document_ids, keys.view_ids, keys.position_ids
     right = None if right_window is None else _number_on(key_position.device, right_window)
     context_lengths = queries.context_lengths
+    chunk, distance = (window.size, None) if isinstance(window, Chunk) else (None, window)
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         ahead = key_position[b, k] - query_position[b, q]  # > 0: the key lies in the query's future
@@ -87,8 +100,10 @@ def mask_rule(
             in_canvas = in_canvas & (ahead <= right)
         before = ahead <= 0 if context_lengths is None else key_position[b, k] < context_lengths[b, q]
         seen = torch.where(key_view == 0, before, in_canvas)
-        if window is not None:
-            reach = torch.where(query_view == 0, window - 1, window)
+        if chunk is not None:
+            seen = seen & (key_position[b, k] // chunk == query_position[b, q] // chunk)
+        if distance is not None:
+            reach = torch.where(query_view == 0, distance - 1, distance)
             seen = seen & (ahead.abs() <= reach)
         return seen & (query_document[b, q] == key_document[b, k])
 
@@ -121,7 +136,7 @@ def attention_mask(
     queries = keys.last(num_queries)
     kernel = config._attn_implementation
 
-    def build(window: int | None):
+    def build(window: Span):
         rule = mask_rule(queries, keys, window=window, right_window=right_window)
         if kernel == "flex_attention":
             if cache_key is None or right_window is not None:
@@ -145,29 +160,59 @@ def attention_mask(
     return build(windows)
 
 
-def layer_windows(config: PretrainedConfig) -> dict[str, int | None] | int | None:
-    """The sliding window (tokens; None = full attention) of each layer type, or of all layers where there is one kind.
+def layer_windows(config: PretrainedConfig) -> dict[str, Span] | Span:
+    """How far the layers see (None = everything): of each layer type, or of all layers where there is one kind.
 
-    Raises ValueError for layers that no mask can make bidirectional (recurrent, linear, convolution, chunked).
+    Raises ValueError for layers that no mask can make bidirectional (recurrent, linear, convolution).
     """
     layer_types: list[str] = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    foreign = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
+    foreign = sorted({kind for kind in layer_types if kind not in ("full_attention", *_SPAN_FIELDS)})
     if foreign:
         layers = [i for i, kind in enumerate(layer_types) if kind in foreign]
+        listed = str(layers) if len(layers) <= 8 else f"{str(layers[:8])[:-1]}, ... {layers[-1]}]"
         raise ValueError(
-            f"base={config.model_type}: layers {layers} are {', '.join(foreign)}, which read left to right whatever "
-            "the mask says; choose a model whose layers are all full or sliding attention"
+            f"base={config.model_type}: layers {listed} are {', '.join(foreign)}, for which a mask does not decide who sees "
+            "whom (recurrent, convolution, compressed, indexed); choose a model whose layers are all full, sliding or "
+            "chunked attention"
         )
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"base={config.model_type}: none of its layers is attention; choose a transformer model")
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in layer_types:
-        if window is None:
-            raise ValueError(
-                f"base={config.model_type}: config.layer_types has sliding_attention but no sliding_window"
-            )
-        return {kind: (window if kind == "sliding_attention" else None) for kind in sorted(set(layer_types))}
-    return None if layer_types else window  # Mistral has no layer_types: a window there is on every layer
+    if not set(_SPAN_FIELDS).intersection(layer_types):
+        # Mistral has no layer_types: a window there is on every layer.
+        return None if layer_types else _span(config, "sliding_attention")
+    spans: dict[str, Span] = {}
+    for kind in sorted(set(layer_types)):
+        spans[kind] = None if kind == "full_attention" else _span(config, kind)
+        if kind != "full_attention" and spans[kind] is None:
+            raise ValueError(f"base={config.model_type}: config.layer_types has {kind} but no {_SPAN_FIELDS[kind]}")
+    return spans
+
+
+def _span(config: PretrainedConfig, kind: str) -> Span:
+    size = getattr(config, _SPAN_FIELDS[kind], None)
+    return Chunk(size) if kind == "chunked_attention" and size is not None else size
+
+
+@contextmanager
+def short_spans(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Inside, the sliding windows and chunks of the model are `size` tokens, so that a short text shows them at work.
+
+    transformers reads them from the config at every forward, as we do.
+    """
+    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}
+    changed = [
+        (config, field, getattr(config, field))
+        for config in configs.values()
+        for field in _SPAN_FIELDS.values()
+        if isinstance(getattr(config, field, None), int)
+    ]
+    try:
+        for config, field, _ in changed:
+            setattr(config, field, size)
+        yield
+    finally:
+        for config, field, before in changed:
+            setattr(config, field, before)
 
 
 def _indices(batch: int, num_queries: int, num_keys: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -184,7 +229,8 @@ def _dense_mask(rule: Callable, keys: Layout, num_queries: int, additive: torch.
     seen = rule(*_indices(batch, num_queries, num_keys, keys.position_ids.device))
     if additive is None:
         return seen
-    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill_(~seen, torch.finfo(additive).min)
+    lowest = max(torch.finfo(additive).min, torch.finfo(torch.float32).min)  # several models add it in float32
+    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill_(~seen, lowest)
 
 
 def _block_mask(rule: Callable, keys: Layout, num_queries: int):

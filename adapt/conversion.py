@@ -160,7 +160,7 @@ def _check_base(config: PretrainedConfig, base: str | Path) -> None:
         raise ValueError(
             f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted"
         )
-    if config.get_text_config() is not config:
+    if config.get_text_config() is not config or {"audio_config", "vision_config"} & set(config.sub_configs):
         raise ValueError(
             f"base={base}: is multimodal ({config.model_type}); save its language model as a folder of its own first"
         )

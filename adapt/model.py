@@ -11,10 +11,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import Layout, attention_mask, layer_windows
 from .moe import has_router_loss, router_aux_loss
@@ -35,14 +37,16 @@ def hidden_states(
     cache: Cache | None = None,
     pieces: Geometry | None = None,
     right_window: Tensor | int | None = None,
+    dense: bool = False,
 ) -> Tensor:
     """Last hidden states [B, Q, D] of input_ids [B, Q] under the attention pattern of `layout`.
 
     layout: of all keys; with a KV cache it is longer than input_ids, which are its last tokens. None = plain
     bidirectional attention on unpadded rows, for models with `config.is_causal = False`: no mask is built and flash
-    kernels apply. pieces: the layout's geometry, where the caller has it on the host already (`collate`).
+    kernels apply. pieces: the layout's geometry, where the caller has it on the host already (`collate`). dense: the
+    tokens stand in no particular order, so that a kernel that cuts the layout into pieces takes a mask over everything.
     """
-    options = {"cache": cache, "pieces": pieces, "right_window": right_window}
+    options = {"cache": cache, "pieces": pieces, "right_window": right_window, "dense": dense}
     return _outputs(model, input_ids, layout, **options).last_hidden_state
 
 
@@ -54,20 +58,20 @@ def _outputs(
     cache: Cache | None = None,
     pieces: Geometry | None = None,
     right_window: Tensor | int | None = None,
+    dense: bool = False,
     output_router_logits: bool = False,
 ) -> Any:
     """The backbone's outputs; with output_router_logits those of the experts' routers are among them."""
     more = {"output_router_logits": True} if output_router_logits else {}
     if layout is None:
-        return _backbone(model)(input_ids=input_ids, use_cache=False, **more)
+        return backbone_of(model)(input_ids=input_ids, use_cache=False, **more)
     num_queries = input_ids.shape[1]
     inputs: dict[str, Any] = {"input_ids": input_ids, "past_key_values": cache, "use_cache": cache is not None}
-    if model.config._attn_implementation == PIECES and cache is None:
+    if model.config._attn_implementation == PIECES and cache is None and not dense:
         windows = layer_windows(model.config)
         nothing = input_ids.new_empty(1, 1, 0, 0)  # four dimensions: transformers builds no mask of its own
         inputs["attention_mask"] = {kind: nothing for kind in windows} if isinstance(windows, dict) else nothing
-        spans = set(windows.values()) if isinstance(windows, dict) else {windows}
-        inputs["pieces"] = with_masks(pieces or geometry_of(layout), layout, spans, right_window)
+        inputs["pieces"] = with_masks(pieces or geometry_of(layout), layout, windows, right_window)
     else:
         inputs["attention_mask"] = attention_mask(
             model.config,
@@ -77,7 +81,7 @@ def _outputs(
             dtype=model.dtype,
             cache_key=None if pieces is None else pieces.key,
         )
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = layout.last(num_queries).position_ids
     return backbone(**inputs, **more)
@@ -92,19 +96,65 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 def after_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """What the model does to the logits [..., V] that its output embedding gives: scales and caps, or nothing."""
-    config = model.config
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    factor = getattr(config, "logit_scale", None)  # Cohere
-    soft_cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    if model not in _scales_and_caps:
+        _scales_and_caps[model] = _scale_and_cap(model)
+    scale, soft_cap = _scales_and_caps[model]
 
     def post(logits: Tensor) -> Tensor:
-        if divisor is not None:
-            logits = logits / divisor
-        if factor is not None:
-            logits = logits * factor
+        if scale != 1:
+            logits = logits * scale
         return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
     return post
+
+
+_scales_and_caps: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()
+
+
+def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(factor of the logits, their soft cap), by sending known ones through the model's own forward.
+
+    Configs call them logit_scale, logits_scaling (a divisor in Granite, a factor in HyperCLOVAX) and other names. No
+    parameter is read, so that it works on a model whose weights are elsewhere (DeepSpeed ZeRO-3).
+    """
+    small, large = 2.0**-10, 1e6
+    head: Any = model.get_output_embeddings()
+    backbones = {backbone_of(model), model.get_decoder() or model} - {model}  # OPT's forward calls the part of a part
+    device = next(model.parameters()).device
+    known = torch.tensor([small, large], device=device)[None, :, None].repeat(1, 1, model.config.vocab_size)
+    hidden = torch.ones(1, 2, model.config.hidden_size, device=device)
+    taken: list[Tensor] = []
+
+    def give_known(hidden: Tensor) -> Tensor:
+        taken.append(hidden)
+        return known
+
+    forwards: dict[Any, Any] = {module: module.__dict__.get("forward") for module in (*backbones, head)}
+    try:
+        for backbone in backbones:
+            backbone.forward = lambda *_, **__: _OnlyHidden(last_hidden_state=hidden)
+        head.forward = give_known
+        with torch.no_grad():
+            logits: Any = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
+    finally:
+        for module, forward in forwards.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+    low, high = (float(x) for x in logits[0, :, 0])
+    scale = float(f"{low / small:.6g}")  # tanh is not quite linear there
+    soft_cap = None if high > 0.5 * scale * large else high
+    before = float(f"{float(taken[0].float().mean()):.6g}")  # MiniCPM3 scales the hidden states instead
+    return scale * before, soft_cap
+
+
+class _OnlyHidden(BaseModelOutputWithPast):
+    """A backbone's output that has nothing else: no attentions, no router logits."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class Term(NamedTuple):
@@ -126,6 +176,7 @@ def attach_loss(model: PreTrainedModel) -> PreTrainedModel:
     `terms` the forward is the model's own. A mixture of experts that has a balancing loss adds router_weight times it.
     """
     plain_forward = model.forward
+    after_head(model)  # while the forward is still the model's own
 
     def forward(*args, terms: list[Term] | None = None, **kwargs):
         if terms is None:
@@ -174,11 +225,14 @@ def _loss(
     return loss + router_weight * router_aux_loss(model, outputs, layout) if routed else loss, list(nats)
 
 
-def _backbone(model: PreTrainedModel) -> torch.nn.Module:
-    backbone = model.base_model
-    if backbone is model:
-        raise ValueError(f"base={type(model).__name__}: has no base_model apart from its head, so it cannot be adapted")
-    return backbone
+def backbone_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its head. ValueError where transformers does not say which part that is."""
+    if model.base_model is not model:
+        return model.base_model
+    for part in model.children():  # Llama 4's base_model_prefix names no attribute of it
+        if isinstance(part, PreTrainedModel) and model.get_input_embeddings() in part.modules():
+            return part
+    raise ValueError(f"base={type(model).__name__}: has no base_model apart from its head, so it cannot be adapted")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention import PADDING_DOCUMENT, Layout, mask_rule
+from .attention import PADDING_DOCUMENT, Layout, Span, mask_rule
 
 NAME = "sdpa_pieces"
 _LAYOUT = ("document", "view", "position", "context_length")  # what the mask rule reads of a row
@@ -82,16 +82,17 @@ def geometry_of(layout: Layout) -> Geometry:
 
 
 def with_masks(
-    geometry: Geometry, layout: Layout, windows: set[int | None], right_window: Tensor | int | None
-) -> dict[int | None, list[MaskedPiece]]:
-    """The pieces with the masks that they need, for each sliding window of the model's layers (None: full attention)."""
-    made: dict[int | None, list[MaskedPiece]] = {}
-    for window in windows:
+    geometry: Geometry, layout: Layout, windows: dict[str, Span] | Span, right_window: Tensor | int | None
+) -> dict[str, list[MaskedPiece]]:
+    """The pieces with the masks that they need, by layer type; under "" where all layers are of one kind."""
+    made: dict[Span, list[MaskedPiece]] = {}
+    by_kind = windows if isinstance(windows, dict) else {"": windows}
+    for window in set(by_kind.values()):
         rule = mask_rule(layout, layout, window=window, right_window=right_window)
         made[window] = [
             MaskedPiece(piece, _mask(piece, rule, layout, window, right_window)) for piece in geometry.pieces
         ]
-    return made
+    return {kind: made[window] for kind, window in by_kind.items()}
 
 
 def sdpa_pieces(
@@ -102,7 +103,7 @@ def sdpa_pieces(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    pieces: dict[int | None, list[MaskedPiece]] | None = None,
+    pieces: dict[str, list[MaskedPiece]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [B, H, L, D] queries, keys and values -> [B, L, H, D].
@@ -118,8 +119,15 @@ def sdpa_pieces(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    chosen = pieces[kwargs.get("sliding_window") if len(pieces) > 1 else next(iter(pieces))]
-    return _run(chosen, query, key, value, dropout, scaling), None
+    more = [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]
+    if more:
+        raise ValueError(
+            f"model.attn_implementation={NAME}: does not know the {', '.join(more)} of {type(module).__name__}; use "
+            "flex_attention or eager"
+        )
+    attention: Any = module
+    kind = attention.config.layer_types[attention.layer_idx] if len(pieces) > 1 else next(iter(pieces))
+    return _run(pieces[kind], query, key, value, dropout, scaling), None
 
 
 def _run(
@@ -132,7 +140,7 @@ def _run(
         queries = query[rows, :, piece.start : piece.stop]
         parts = groups.setdefault((piece.row, piece.end_row), [])
         if not piece.keys:
-            parts.append(torch.zeros_like(queries))
+            parts.append(queries.new_zeros(*queries.shape[:-1], value.shape[-1]))  # MLA: not the queries' width
             continue
         keys, values = (_stretches(x[rows], piece.keys) for x in (key, value))
         if gqa and mask is not None and query.is_cuda:  # CUDA has no fast kernel for both
@@ -149,7 +157,9 @@ def _run(
                 enable_gqa=queries.shape[1] != keys.shape[1],
             )
         )
-    return torch.cat([torch.cat(parts, dim=2) for parts in groups.values()]).transpose(1, 2)
+    return (
+        torch.cat([torch.cat(parts, dim=2) for parts in groups.values()]).transpose(1, 2).contiguous()
+    )  # AfMoE views it
 
 
 def _stretches(x: Tensor, stretches: tuple[tuple[int, int], ...]) -> Tensor:
@@ -217,9 +227,7 @@ def _joined(one: tuple[int, int], other: tuple[int, int]) -> tuple[tuple[int, in
     return ((one[0], other[1]),) if one[1] == other[0] else (one, other)
 
 
-def _mask(
-    piece: Piece, rule: Any, layout: Layout, window: int | None, right_window: Tensor | int | None
-) -> Tensor | None:
+def _mask(piece: Piece, rule: Any, layout: Layout, window: Span, right_window: Tensor | int | None) -> Tensor | None:
     needs_rule = window is not None or (right_window is not None and piece.kind != "causal")
     if not piece.keys or (piece.kind != "rule" and not needs_rule):
         return None

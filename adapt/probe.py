@@ -1,23 +1,48 @@
-"""Proof by experiment that a loaded model attends as promised: edit one token, see which logits move.
+"""Proof by experiment that a loaded model attends as promised.
 
 A name on a list proves nothing: StableLM and Nemotron ignore `config.is_causal = False` under SDPA and stay silently
 causal (transformers 5.23). So every converted and every loaded model is probed with the kernel and dtype that it will
-run with.
+run with, on one packed row of two documents and padding:
+
+    edits         no token moves another that it must not reach, through all layers together
+    layers        each layer by itself sees what its kind of attention says, no key more, no key less (`layer_sight`)
+    causal mode   under our causal mask the model computes what it computes by itself: nothing but the mask has changed
+    order         with its columns shuffled the row gives the same: a token's place is its position, not its column
+    head          our head on our hidden states gives the model's logits
+
+Sliding windows and chunks are cut to SPAN tokens meanwhile, in the config that transformers and we read, so that the short row
+reaches beyond them.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention import PADDING_DOCUMENT, Layout, attention_mask, layer_windows, mask_rule
-from .model import hidden_states, output_head
+from .attention import PADDING_DOCUMENT, Layout, attention_mask, layer_windows, mask_rule, short_spans
+from .layer_sight import layer_sight
+from .model import backbone_of, hidden_states, output_head
 
 logger = logging.getLogger(__name__)
+
+SPAN = 3
+_TRIES = 4
+_CANNOT = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 _DOCUMENTS = [1] * 9 + [2] * 5 + [PADDING_DOCUMENT] * 2
 _POSITIONS = [*range(9), *range(5), 0, 1]
@@ -39,35 +64,61 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
     model bidirectional; where it does not, the mask is passed always, and a warning says that a plain load stays
     causal.
 
-    One forward over copies of a packed row (two documents and padding), each copy with another token edited. What a
-    token may not see, even through other tokens, must not move it; what it sees directly must. And our head must be
-    the model's.
+    Whether a key is seen is asked of gradients, which are exactly zero for a masked key and not for another, in any dtype
+    and at any scale of the weights. What is compared as numbers (causal mode, order, head) is held against rounding and, where
+    rounding is smaller, against what wrong positions would do, so that weights which hardly use them cannot hide a mistake.
     """
-    length, device = len(_DOCUMENTS), model.device
-    views = {"block": _BLOCK_VIEWS, "causal": [0] * length, "prefix": _PREFIX_VIEWS}.get(attention, [1] * length)
-    parts: list[list[int]] = [_DOCUMENTS, views, _POSITIONS]
-    if attention == "block":
-        parts[2:] = [_BLOCK_POSITIONS, _BLOCK_SEES[clean_context or "causal"]]
-    layout = Layout(*(torch.tensor(part, device=device).expand(length + 1, -1) for part in parts))
-    tokens, others = _distinct_tokens(model, length)
-    edited = torch.cat([tokens[None], torch.where(torch.eye(length, device=device).bool(), others, tokens)])
-
-    was_training = model.training
-    model.eval()
-    hidden = _forward(model, edited, layout)
-    moved = (hidden[1:] - hidden[:1]).abs().amax(-1)  # [edited key, query]
-    moved = moved / hidden.abs().amax(-1).mean()
-    _check_pattern(model, attention, layout, moved)
-    plain = _check_head(model, tokens[: _DOCUMENTS.count(1)])
-    mask_free = attention == "bidirectional" and _agrees_without_mask(model, plain, hidden)
-    model.train(was_training)
+    layout = _layout(attention, clean_context, model.device)
+    length = layout.position_ids.shape[1]
+    with _evaluated(model), short_spans(model, SPAN):
+        attention_mask(model.config, layout)  # where the kernel takes no mask, that is the reason to give
+        tokens, others = _distinct_tokens(model, length)
+        edits = torch.where(torch.eye(length, device=tokens.device).bool(), others, tokens)
+        hidden = _forward(model, torch.cat([tokens[None], edits]), layout)
+        _check_layers(model, attention, layout)
+        _check_edits(model, attention, layout, hidden)
+        effect = _effect_of_positions(model, tokens, layout, hidden[:1])
+        _check_order(model, attention, tokens, layout, hidden[:1], effect)
+        _check_causal_mode(model, tokens, effect)
+        mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
+        _check_head(model, tokens)
     return mask_free
 
 
-def _distinct_tokens(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _evaluated(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _layout(attention: str, clean_context: str | None, device: torch.device) -> Layout:
+    """The row, [1, L]."""
+    views = {"block": _BLOCK_VIEWS, "causal": [0] * len(_DOCUMENTS), "prefix": _PREFIX_VIEWS}
+    parts: list[list[int]] = [_DOCUMENTS, views.get(attention, [1] * len(_DOCUMENTS)), _POSITIONS]
+    if attention == "block":
+        parts[2:] = [_BLOCK_POSITIONS, _BLOCK_SEES[clean_context or "causal"]]
+    return Layout(*(torch.tensor(part, device=device)[None] for part in parts))
+
+
+def _each(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
+    """The layout with all its tensors changed alike."""
+    lengths = layout.context_lengths
+    return Layout(
+        change(layout.document_ids),
+        change(layout.view_ids),
+        change(layout.position_ids),
+        None if lengths is None else change(lengths),
+    )
+
+
+def _distinct_tokens(model: PreTrainedModel, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """`length` tokens and another for each, no two with one embedding (rows never trained are often alike)."""
     embedding: Any = model.get_input_embeddings()  # asked as a module: its weights may be in a file (`mapped.py`)
-    candidates = torch.randperm(len(embedding.weight), generator=torch.Generator().manual_seed(0))[: 64 * length]
+    candidates = torch.randperm(len(embedding.weight), generator=torch.Generator().manual_seed(seed))[: 64 * length]
     _, kinds = torch.unique(embedding(candidates.to(embedding.weight.device)), dim=0, return_inverse=True)
     num_kinds = int(kinds.max()) + 1
     if num_kinds < 2 * length:
@@ -80,16 +131,20 @@ def _distinct_tokens(model: PreTrainedModel, length: int) -> tuple[Tensor, Tenso
     return picked[:length], picked[length:]
 
 
-def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout) -> Tensor:
-    """Hidden states in float32; ValueError where the model cannot take the mask, or computes nonsense."""
-    attention_mask(model.config, layout)  # where the kernel takes no mask, that is the reason to give
+def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout | None, dense: bool = False) -> Tensor:
+    """Hidden states in float32 under one layout for all rows, None = the model called plainly; ValueError where it cannot."""
     try:
-        hidden = hidden_states(model, tokens, layout).float()
+        rows = None if layout is None else _each(layout, lambda x: x.expand(len(tokens), -1))
+        hidden = hidden_states(model, tokens, rows, dense=dense).float()
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"base={type(model).__name__}: does not take an explicit attention mask ({reason})") from error
+    except _CANNOT as error:
+        if str(error).startswith(("base=", "model.")):  # ours
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        what = "does not run as it is" if layout is None else "does not take an explicit attention mask"
+        kernel = model.config._attn_implementation
+        raise ValueError(f"base={type(model).__name__}: {what} with {kernel} attention ({reason})") from error
     if not hidden.isfinite().all():
         raise ValueError(
             f"base={type(model).__name__}: computes NaN or infinity in {model.dtype}; try another dtype, or mend it"
@@ -97,67 +152,194 @@ def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout) -> Tensor:
     return hidden
 
 
-def _check_pattern(model: PreTrainedModel, attention: str, layout: Layout, moved: Tensor) -> None:
-    direct, reachable = _visibility(model, layout)
-    padding = layout.document_ids[0] == PADDING_DOCUMENT  # what it sees is nobody's business, as long as nobody sees it
-    unmoved = direct & (moved <= 1e-6) & ~padding
-    leaked = ~reachable & (moved > 1e-3 if model.dtype != torch.float32 else moved > 1e-5)
-    for pairs, what in ((unmoved, "does not see, but should,"), (leaked, "sees, but should not,")):
-        if pairs.any():
-            key, query = (int(i) for i in pairs.nonzero()[0])
-            raise ValueError(
-                f"attention={attention}: the probe failed on {type(model).__name__} with "
-                f"{model.config._attn_implementation} attention: the token at place {query} {what} the one at {key}; "
-                "try another model.attn_implementation (eager, flex_attention, sdpa, sdpa_pieces), or another base model"
-            )
+def _check_edits(model: PreTrainedModel, attention: str, layout: Layout, hidden: Tensor) -> None:
+    """Nothing reaches, through all layers and by any way, what it must not."""
+    reachable = torch.eye(layout.position_ids.shape[1], dtype=torch.bool, device=hidden.device)
+    for sees in _promised(model, layout):
+        reachable = (sees.float() @ reachable.float()) > 0
+    moved = (hidden[1:] - hidden[:1]).abs().amax(-1).T / hidden.abs().amax(-1).mean()  # [query, edited key]
+    noise = 1e-5 if torch.finfo(model.dtype).eps < 1e-6 else 1e-3
+    leaked = ~reachable & (moved > noise)
+    if leaked.any():
+        raise _wrong(model, attention, "", leaked, "sees, but should not,")
 
 
-def _visibility(model: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:
-    """(seen in some layer, reachable through all layers), [key, query] each."""
+def _check_layers(model: PreTrainedModel, attention: str, layout: Layout) -> None:
+    """Every layer by itself sees what it should and nothing else."""
+    if not _has_gradients(model):
+        return _check_reach(model, attention, layout)
+    length = layout.position_ids.shape[1]
+    promised = _promised(model, layout)
+    real = (layout.document_ids[0] != PADDING_DOCUMENT)[:, None]  # what padding sees is nobody's business
+    unseen: list[Tensor] = []
+    for seed in range(_TRIES):  # a key may be seen with a weight that underflows, but not for all texts
+        tokens, _ = _distinct_tokens(model, length, seed)
+        sights = layer_sight(
+            model, backbone_of(model), lambda t=tokens: _forward(model, t.expand(length, -1), layout), length
+        )
+        for sight in sights:
+            leaked = sight.sees & ~promised[sight.index] & real
+            if leaked.any():
+                which = [s.index for s in sights if (s.sees & ~promised[s.index] & real).any()]
+                raise _wrong(model, attention, _named(which, sight.layer), leaked, "sees, but should not,")
+        missing = [~sight.sees & promised[sight.index] & real for sight in sights]
+        unseen = [m & u for m, u in zip(missing, unseen or missing, strict=True)]
+        if not any(u.any() for u in unseen):
+            return
+    which = [i for i, u in enumerate(unseen) if u.any()]
+    first = which[0]
+    raise _wrong(
+        model,
+        attention,
+        _named([sights[i].index for i in which], sights[first].layer),
+        unseen[first],
+        "does not see, but should,",
+    )
+
+
+def _named(indices: list[int], layer: str) -> str:
+    return f" in layers {sorted(set(indices))} ({layer})"
+
+
+def _wrong(model: PreTrainedModel, attention: str, where: str, pairs: Tensor, what: str) -> ValueError:
+    query, key = (int(i) for i in pairs.nonzero()[0])
+    return ValueError(
+        f"attention={attention}: the probe failed on {type(model).__name__} with "
+        f"{model.config._attn_implementation} attention:{where} the token at place {query} {what} the one at {key}; "
+        "try another model.attn_implementation (eager, flex_attention, sdpa, sdpa_pieces), or another base model"
+    )
+
+
+def _promised(model: PreTrainedModel, layout: Layout) -> list[Tensor]:
+    """Who sees whom, [query, key], for each layer of the model."""
     windows = layer_windows(model.config)
     if isinstance(windows, dict):
         per_layer = [windows[kind] for kind in model.config.layer_types]
     else:
         per_layer = [windows] * model.config.num_hidden_layers
-    length = layout.position_ids.shape[1]
-    index = torch.arange(length, device=layout.position_ids.device)
+    index = torch.arange(layout.position_ids.shape[1], device=layout.position_ids.device)
     zero = torch.zeros((), dtype=torch.long, device=index.device)
-    reachable = torch.eye(length, dtype=torch.bool, device=index.device)
-    direct = torch.zeros_like(reachable)
-    for window in per_layer:
-        seen = mask_rule(layout, layout, window=window)(zero, zero, index[None, :], index[:, None])
-        direct |= seen
-        reachable = (reachable.float() @ (seen | torch.eye(length, device=index.device).bool()).float()) > 0
-    return direct, reachable
+    rules = {window: mask_rule(layout, layout, window=window) for window in set(per_layer)}
+    seen = {window: rule(zero, zero, index[:, None], index[None, :]) for window, rule in rules.items()}
+    return [seen[window] for window in per_layer]
 
 
-def _agrees_without_mask(model: PreTrainedModel, plain: Tensor, masked_hidden: Tensor) -> bool:
-    expected = masked_hidden[:1, : plain.shape[1]]
-    if (plain - expected).abs().amax() <= _tolerance(model) * expected.abs().amax():
-        return True
-    logger.warning(
-        f"{type(model).__name__} ignores config.is_causal=False with {model.config._attn_implementation} attention: "
-        "we pass an explicit mask, but a plain transformers load of this checkpoint stays causal"
+def _effect_of_positions(model: PreTrainedModel, tokens: Tensor, layout: Layout, hidden: Tensor) -> float:
+    """How much positions twice as far apart, under the same mask, change the hidden states: what a mistake in them does."""
+    lengths = layout.context_lengths
+    spread = Layout(
+        layout.document_ids, layout.view_ids, 2 * layout.position_ids, None if lengths is None else 2 * lengths
     )
-    return False
+    with short_spans(model, 2 * SPAN):
+        return _difference(_forward(model, tokens[None], spread), hidden, layout)
+
+
+def _difference(hidden: Tensor, expected: Tensor, layout: Layout | None = None) -> float:
+    """|hidden - expected| / |expected|, the mean over real tokens."""
+    relative = (hidden - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float((relative if layout is None else relative[layout.document_ids != PADDING_DOCUMENT]).mean())
+
+
+def _is_rounding(model: PreTrainedModel, difference: float, effect: float) -> bool:
+    rounding = 128 * torch.finfo(model.dtype).eps
+    return difference <= _tolerance(model) and (difference <= rounding or difference <= 0.1 * effect)
+
+
+def _check_order(
+    model: PreTrainedModel, attention: str, tokens: Tensor, layout: Layout, hidden: Tensor, effect: float
+) -> None:
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
+    elsewhere = _each(layout, lambda x: x[:, order])
+    shuffled = _forward(model, tokens[None, order], elsewhere, dense=True)
+    difference = _difference(shuffled, hidden[:, order], elsewhere)
+    if not _is_rounding(model, difference, effect):
+        raise ValueError(
+            f"base={type(model).__name__}: goes by the column in which a token stands and not by the position that it is "
+            f"given (shuffled columns change it by {difference:.0e}), so packed documents and {attention} attention would "
+            "mislead it (ALiBi, positions counted from the mask, convolutions); choose another base model"
+        )
+
+
+def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, effect: float) -> None:
+    first = _DOCUMENTS.count(1)
+    one_text = torch.ones(1, first, dtype=torch.long, device=tokens.device)
+    ours = _forward(model, tokens[None, :first], Layout.of("prefix", one_text, num_prompt_tokens=first))
+    with _as_causal(model):
+        plain = _forward(model, tokens[None, :first], None)
+    difference = _difference(ours, plain)
+    if not _is_rounding(model, difference, effect):
+        raise ValueError(
+            f"base={type(model).__name__}: under our causal mask it differs by {difference:.0e} from what it computes by "
+            "itself, so its layers or its positions are not what its config says; choose another base model"
+        )
+
+
+@contextmanager
+def _as_causal(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the config says causal, as the original's does."""
+    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}
+    bidirectional = [config for config in configs.values() if getattr(config, "is_causal", True) is False]
+    try:
+        for config in bidirectional:
+            config.is_causal = True
+        yield
+    finally:
+        for config in bidirectional:
+            config.is_causal = False
+
+
+def _check_reach(model: PreTrainedModel, attention: str, layout: Layout) -> None:
+    """Where there is no gradient: a token moves those that see it, by more than nothing, in one of several texts."""
+    length = layout.position_ids.shape[1]
+    promised = torch.stack(_promised(model, layout)).any(0)
+    real = (layout.document_ids[0] != PADDING_DOCUMENT)[:, None]
+    unseen = promised & real
+    for seed in range(_TRIES):
+        tokens, others = _distinct_tokens(model, length, seed)
+        edits = torch.where(torch.eye(length, device=tokens.device).bool(), others, tokens)
+        hidden = _forward(model, torch.cat([tokens[None], edits]), layout)
+        unseen &= (hidden[1:] == hidden[:1]).all(-1).T
+    if unseen.any():
+        raise _wrong(model, attention, "", unseen, "does not see, but should,")
+
+
+def _has_gradients(model: PreTrainedModel) -> bool:
+    """FlexAttention on a CPU is forward only."""
+    return model.config._attn_implementation != "flex_attention" or model.device.type != "cpu"
+
+
+def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: Tensor) -> bool:
+    first = _DOCUMENTS.count(1)
+    text = tokens[None, :first]
+    plain, expected = _forward(model, text, None), masked_hidden[:1, :first]
+    agrees = (plain - expected).abs().amax() <= _tolerance(model) * expected.abs().amax()
+    if agrees and _has_gradients(model):
+        promised = _promised(model, Layout.of("bidirectional", torch.ones_like(text)))
+        sights = layer_sight(model, backbone_of(model), lambda: _forward(model, text.expand(first, -1), None), first)
+        agrees = all(torch.equal(sight.sees, promised[sight.index]) for sight in sights)
+    if not agrees:
+        logger.warning(
+            f"{type(model).__name__} ignores config.is_causal=False with {model.config._attn_implementation} attention: "
+            "we pass an explicit mask, but a plain transformers load of this checkpoint stays causal"
+        )
+    return bool(agrees)
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    return 1e-4 if model.dtype == torch.float32 else 0.1
+    return 1e-4 if torch.finfo(model.dtype).eps < 1e-6 else 0.1
 
 
-def _check_head(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """The hidden states [1, L, D] of a plain forward, from whose logits our head must not differ."""
+def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    wrong = f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
     seen: list[Any] = []  # of the same forward: a second one would read all weights again
-    hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
+    hook = backbone_of(model).register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
     try:
-        logits = model(input_ids=tokens[None], use_cache=False).logits.float()
+        logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits.float()
     finally:
         hook.remove()
-    hidden = seen[0].last_hidden_state
-    ours = output_head(model)(hidden).float()
-    if (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
-        raise ValueError(
-            f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
-        )
-    return hidden.float()
+    try:
+        ours = output_head(model)(seen[0].last_hidden_state).float()
+    except RuntimeError as error:  # a head that takes another width
+        raise ValueError(wrong) from error
+    if ours.shape != logits.shape or (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
+        raise ValueError(wrong)

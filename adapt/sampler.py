@@ -149,7 +149,7 @@ class _Refinement:
         windows = layer_windows(lm.model.config)
         spans = windows.values() if isinstance(windows, dict) else [windows]
         # Longer than the probe's row, a sliding window may be counted otherwise by the model than by our mask.
-        self.mask_free_length = min((span for span in spans if span is not None), default=tokens.shape[1])
+        self.mask_free_length = min((span for span in spans if isinstance(span, int)), default=tokens.shape[1])
 
     @torch.no_grad()
     def run(

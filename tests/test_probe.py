@@ -69,7 +69,15 @@ def _drop_mask(model):
 
 
 def _break_head(model):
-    model.config.logits_scaling = 2.0
+    """The logits go one token to the right after the output embedding."""
+    forward = model.forward
+
+    def rolled(*args, **options):
+        outputs = forward(*args, **options)
+        outputs.logits = outputs.logits.roll(1, -1)
+        return outputs
+
+    model.forward = rolled
     return model
 
 
@@ -125,3 +133,123 @@ def test_a_diffusion_section_that_we_cannot_read_is_refused(section, said):
         config.diffusion = section
     with pytest.raises(ValueError, match=said):
         DiffusionSpec.of(config, "folder")
+
+
+# -- what hides from edits --------------------------------------------------------------------------------------------
+
+
+def _mask_of_layer(model, index, change):
+    """The layer's mask is changed before it gets it: what a model does that builds its own."""
+
+    def hook(_layer, args, kwargs):
+        return args, {**kwargs, "attention_mask": change(kwargs["attention_mask"])}
+
+    model.model.layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def _causal(mask):
+    return mask & torch.ones(mask.shape[-2:]).tril().bool() if mask is not None else None
+
+
+def _everything_of_the_row(mask):
+    """Everything but padding and the other document: the window is lost."""
+    return mask | (torch.tensor(DOCUMENTS)[:, None] == torch.tensor(DOCUMENTS)) if mask is not None else None
+
+
+DOCUMENTS = [1] * 9 + [2] * 5 + [0] * 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "index, change, said",
+    [
+        (1, _causal, r"in layers \[1\] \(\w+\) the token at place 0 does not see, but should, the one at 1"),
+        (0, _everything_of_the_row, r"in layers \[0\] \(\w+\) the token at place 0 sees, but should not, the one at 4"),
+    ],
+    ids=["one causal layer", "one window lost"],
+)
+def test_one_wrong_layer_cannot_hide_behind_the_others_in_any_dtype_or_scale(index, change, said, dtype, scale):
+    def gemma():
+        model = _bidirectional("gemma3")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "proj" in name:
+                    parameter.mul_(scale)  # what attention adds is far below the rounding of what it is added to
+        return model.to(dtype)
+
+    probe(gemma(), "bidirectional")
+    with pytest.raises(ValueError, match=said):
+        probe(_mask_of_layer(gemma(), index, change), "bidirectional")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_load_that_stays_causal_is_noticed_however_little_attention_adds(dtype):
+    for kind, mask_free in (("stablelm", False), ("llama", True)):
+        model = _bidirectional(kind)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "proj" in name:
+                    parameter.mul_(1e-4)
+        assert probe(model.to(dtype), "bidirectional") is mask_free
+
+
+def test_positions_that_do_not_arrive_are_noticed_even_where_no_mask_is_wrong():
+    model = _bidirectional("llama")
+    forward = model.model.forward
+    model.model.forward = lambda input_ids, position_ids=None, **options: forward(input_ids=input_ids, **options)
+    with pytest.raises(ValueError, match="goes by the column in which a token stands"):
+        probe(model, "block")
+
+
+def test_a_window_that_the_config_says_and_the_model_does_not_have_is_noticed():
+    config = config_of("llama")
+    config.sliding_window = 3
+    with pytest.raises(ValueError, match="under our causal mask it differs"):
+        probe(build_model(config), "prefix")
+    assert config.sliding_window == 3
+
+
+def test_windows_and_gradients_are_as_before_a_probe_that_fails():
+    model = _mask_of_layer(_bidirectional("gemma3", sliding_window=50), 1, _causal)
+    frozen = model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="does not see"):
+        probe(model.train(), "bidirectional")
+    assert model.config.sliding_window == 50
+    assert model.training
+    assert [p is frozen for p in model.parameters() if not p.requires_grad] == [True]
+
+
+def test_experts_layers_without_rope_and_shared_keys_and_values_pass():
+    from transformers import Gemma3nTextConfig, Qwen3MoeConfig, SmolLM3Config
+
+    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    size |= {
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {
+        "layer_types": kinds,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 300,
+    }
+    for config in (
+        Qwen3MoeConfig(**size, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+        SmolLM3Config(**size, num_hidden_layers=2, no_rope_layers=[1, 0]),
+        Gemma3nTextConfig(
+            **size,
+            **shared,
+            sliding_window=9,
+            hidden_size_per_layer_input=8,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+    ):
+        for attention in ("bidirectional", "block"):
+            probe(build_model(config), attention)
