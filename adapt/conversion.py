@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -230,7 +231,7 @@ def _verify(
         )
     check_whole(tokenizer)
     shards: dict[str, Shard] = read_shards(folder)
-    config = sources.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype} | ({} if kernel is None else {"attn_implementation": kernel})
     with mapped_model(model_class, config, shards, **options) as (model, loading):
         check_loaded(loading, f"base={spec.base_model}")

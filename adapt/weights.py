@@ -51,11 +51,13 @@ def embedding_names(model: PreTrainedModel, stored: Collection[str]) -> list[str
         raise ValueError(
             f"base={model.config.model_type}: has no output embedding, so it is not a causal language model"
         )
-    for part, rows in (("embedding", model.get_input_embeddings().weight), ("head", head.weight)):
-        if len(rows) != model.config.vocab_size:  # CPM-Ant's prompts, Moshi's start token: no longer one row per token
+    kind, tokens = model.config.model_type, model.config.vocab_size
+    for part, table in (("embedding", model.get_input_embeddings()), ("head", head)):
+        rows = len(table.weight)  # pyright: ignore[reportArgumentType]
+        if rows != tokens:  # CPM-Ant's prompts, Moshi's start token: no longer one row per token
             raise ValueError(
-                f"base={model.config.model_type}: its {part} has {len(rows)} rows, but config.vocab_size={model.config.vocab_size}; "
-                "a mask token cannot be added to such a vocabulary"
+                f"base={kind}: its {part} has {rows} rows, but config.vocab_size={tokens}; a mask token cannot be added to such "
+                "a vocabulary"
             )
     wanted |= {id(parameter) for parameter in head.parameters()}
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in wanted}
