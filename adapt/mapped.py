@@ -103,10 +103,9 @@ def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None
         return torch.cat(pieces).view(*input.shape, -1)
 
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Embedding) and weight.nbytes > _HELD:
+        if isinstance(module, nn.Embedding) and module.weight.nbytes > _HELD:
             module.forward = partial(row_by_row, module)
-        elif type(module) is nn.Linear and weight.nbytes > _HELD:
+        elif type(module) is nn.Linear and module.weight.nbytes > _HELD:
             module.forward = partial(in_pieces, module)
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_hook(used)
