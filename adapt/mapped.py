@@ -8,7 +8,7 @@ experts that it stacks into one tensor on loading are copied into memory.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -68,6 +68,33 @@ def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
     return flat.view(dtype).view(about["shape"])
 
 
+class _InPieces(torch.autograd.Function):
+    """A linear layer, and the gradient of its input (the probe asks for no other), with `_HELD` bytes of its weight at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, give_back: Callable[[], None]) -> Tensor:
+        ctx.weight, ctx.give_back = weight, give_back
+        pieces = []
+        for rows in _pieces(weight):
+            pieces.append(nn.functional.linear(input, weight[rows], None if bias is None else bias[rows]))
+            give_back()
+        return torch.cat(pieces, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        total = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1], dtype=torch.float32)
+        for rows in _pieces(ctx.weight):
+            total += gradient[..., rows] @ ctx.weight[rows]
+            ctx.give_back()
+        return total.to(gradient.dtype), None, None, None
+
+
+def _pieces(weight: Tensor) -> list[slice]:
+    rows = max(1, _HELD // (weight[0].nbytes or 1))
+    return [slice(first, first + rows) for first in range(0, len(weight), rows)]
+
+
 def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None:
     """Hooks on the modules that own weights; what is larger than `_HELD` is computed piece by piece."""
     held = 0
@@ -86,13 +113,7 @@ def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None
             give_back()
 
     def in_pieces(linear: nn.Linear, input: Tensor) -> Tensor:
-        rows = max(1, _HELD // (linear.weight[0].nbytes or 1))
-        biases = [None] * len(linear.weight) if linear.bias is None else linear.bias.split(rows)
-        pieces = []
-        for weight, bias in zip(linear.weight.split(rows), biases):
-            pieces.append(nn.functional.linear(input, weight, bias))
-            give_back()
-        return torch.cat(pieces, dim=-1)
+        return _InPieces.apply(input, linear.weight, linear.bias, give_back)
 
     def row_by_row(embedding: nn.Embedding, input: Tensor) -> Tensor:
         # A row that is touched brings up to 2 MB around it, so a thousand of them bring the whole table.

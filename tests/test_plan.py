@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from adapt import cli, footprint, plan
-from adapt.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
+from adapt.config import Recipe
+from adapt.settings import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 from adapt.zero_memory import Weights, Zero, peak, zero_of
 
 CONFIG = LlamaConfig(
