@@ -16,6 +16,7 @@ import dataclasses
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def convert(
     pad_to_multiple_of: int | None = None,
     dtype: str | None = None,
     adapter: str | Path | None = None,
-    attn_implementation: str | None = None,
+    attn_implementation: str | Callable[[PretrainedConfig], str] | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
 ) -> Path:
@@ -70,8 +71,8 @@ def convert(
     block_size and clean_context ("causal", the default, or "block") belong to block attention; noise is what it will be trained
     with ("absorbing", "uniform", or "hybrid" with its p_uniform). mask_init_std: of Gaussian noise around that mean, drawn from
     seed. pad_to_multiple_of: rows of the embedding. dtype: default is what the weights are stored in. verify: probe all
-    layers on the written weights, which stay in their files (memory: `mapped.py`). adapter: a PEFT folder that is merged into `base`
-    first.
+    layers on the written weights, which stay in their files (memory: `mapped.py`). attn_implementation: the kernel of the probe, or
+    a function that chooses one for the config. adapter: a PEFT folder that is merged into `base` first.
     Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
     """
     out = Path(out)
@@ -220,7 +221,7 @@ def _verify(
     model_class: type[PreTrainedModel],
     spec: DiffusionSpec,
     dtype: torch.dtype,
-    kernel: str | None,
+    kernel: str | Callable[[PretrainedConfig], str] | None,
     trust_remote_code: bool,
 ) -> None:
     """Raises ValueError unless what was written attends as promised, and its tokenizer still knows the mask token."""
@@ -232,6 +233,7 @@ def _verify(
     check_whole(tokenizer)
     shards: dict[str, Shard] = read_shards(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    kernel = kernel(config) if callable(kernel) else kernel
     options: dict[str, Any] = {"dtype": dtype} | ({} if kernel is None else {"attn_implementation": kernel})
     with mapped_model(model_class, config, shards, **options) as (model, loading):
         check_loaded(loading, f"base={spec.base_model}")

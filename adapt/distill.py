@@ -23,7 +23,6 @@ from .config import Recipe
 from .engine import whole_weights
 from .model import after_head, hidden_states
 from .objective import RowLoss, cross_entropy
-from .prepare import attention_kernel
 
 
 class Teacher:
@@ -83,4 +82,4 @@ def teacher_of(recipe: Recipe, model, folder: Path, args: TrainingArguments) -> 
         return Teacher(model.get_base_model(), model.disable_adapter)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     with whole_weights(args):
-        return load_teacher(folder, dtype, args.device, attention_kernel(recipe))
+        return load_teacher(folder, dtype, args.device, model.config._attn_implementation)

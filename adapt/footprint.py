@@ -34,7 +34,7 @@ from .config import Recipe
 from .distill import Teacher
 from .engine import compute_dtype
 from .hybrid_noise import hybrid_loss
-from .model import Term, hidden_states
+from .model import Term, after_head, hidden_states
 from .objective import cross_entropy
 from .packing import Place
 from .pieces import with_masks
@@ -76,6 +76,7 @@ def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, stage: i
         real_layouts[id(batch["teacher_pieces"])] = teacher_layout
     tape = Tape(base.config.vocab_size)
     layers, num_layers = _equal_layers(base)
+    teacher = _teacher(recipe, model, base, mode)
     with ExitStack() as stack:
         stack.enter_context(mode)
         stack.enter_context(mock.patch.dict(objective.SLICE_LOGITS, cpu=objective.SLICE_LOGITS[device]))
@@ -84,7 +85,6 @@ def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, stage: i
             stack.enter_context(tape.marking(layers))
         if stage == 3:
             stack.enter_context(_scattered(base.get_output_embeddings()))
-        teacher = _teacher(recipe, model, base, mode)
         stack.enter_context(mock.patch("adapt.model.with_masks", partial(_with_masks, mode, real_layouts)))
         batch = tree_map_only(Tensor, mode.from_tensor, batch)
         layout = None if base.config._attn_implementation == FLASH else _layout(batch)
@@ -172,6 +172,7 @@ def _teacher(recipe: Recipe, model: Any, base: Any, mode: FakeTensorMode) -> Tea
         frozen.tie_weights()
     if (layers := _equal_layers(frozen)[0]) is not None:
         del layers[3:]
+    after_head(frozen)  # which reads numbers, and so cannot wait for the run on shapes
     return Teacher(without_data(frozen.requires_grad_(False).eval(), mode))
 
 

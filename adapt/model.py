@@ -121,6 +121,7 @@ def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
     head: Any = model.get_output_embeddings()
     backbones = {backbone_of(model), model.get_decoder() or model} - {model}  # OPT's forward calls the part of a part
     device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device  # what is sent has to come back with its data
     known = torch.tensor([small, large], device=device)[None, :, None].repeat(1, 1, model.config.vocab_size)
     hidden = torch.ones(1, 2, model.config.hidden_size, device=device)
     taken: list[Tensor] = []

@@ -26,6 +26,7 @@ from .arguments import CommandParser
 from .checkpoint import DiffusionSpec, check_model_folder
 from .config import Recipe
 from .footprint import Timeline, trace
+from .prepare import attention_kernel
 from .shape_model import shape_model
 from .zero_memory import Peak, Weights, Zero, peak, zero_of, zero_stages
 
@@ -49,7 +50,7 @@ class Planner:
     def __init__(self, recipe: Recipe, config: PretrainedConfig, *, gpus: int, device: str = "cuda") -> None:
         recipe.training.accumulation_steps(gpus)
         self.recipe, self.config, self.gpus, self.device = recipe, config, gpus, device
-        self.kernel = recipe.model.attn_implementation or ("flex_attention" if device == "cuda" else "sdpa_pieces")
+        self.kernel = attention_kernel(recipe, config, device)
         self._model = cache(self._model)
         self.timeline = cache(self.timeline)
 

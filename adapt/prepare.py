@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     TrainingArguments,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.trainer_utils import set_seed
 
 from . import lora
@@ -40,24 +43,44 @@ def check_base(recipe: Recipe) -> None:
         )
 
 
-def attention_kernel(recipe: Recipe) -> str:
-    """The recipe's model.attn_implementation, or what is fastest on the device that it will run on."""
+def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | None = None) -> str:
+    """The recipe's model.attn_implementation, or what is fastest for that model on the device (cuda, cpu; None: this machine's).
+
+    Raises ValueError for FlexAttention where transformers does not train that model with it.
+    """
     ours = recipe.model
+    obstacle = _no_flex_attention(config)
+    if ours.attn_implementation == "flex_attention" and obstacle:
+        raise ValueError(
+            f"model.attn_implementation=flex_attention: {obstacle}; use eager, sdpa or sdpa_pieces, or leave it out"
+        )
     if ours.attn_implementation is not None:
         return ours.attn_implementation
-    if torch.cuda.is_available():
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda" and not obstacle:
         return "flex_attention"
     return "sdpa" if ours.torch_compile else "sdpa_pieces"
 
 
+def _no_flex_attention(config: PretrainedConfig) -> str | None:
+    """Why transformers does not train the model with FlexAttention; None if it does."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not getattr(model_class, "_supports_flex_attn", True):
+        return f"transformers' {config.model_type} does not run with it"
+    # attention_dropout, attn_pdrop, attention_probs_dropout_prob: every architecture has its own name.
+    rates = {name: value for name, value in config.to_dict().items() if "att" in name and "drop" in name}
+    dropout = next((name for name, value in rates.items() if isinstance(value, float) and value > 0), None)
+    return dropout and f"it takes no dropout, and the base's config.json has {dropout}={rates[dropout]}"
+
+
 def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Path:
     """The folder to train from. Rank 0 converts or probes; the others come after it and read what it left."""
-    base, kernel = recipe.model.base, attention_kernel(recipe)
+    base = recipe.model.base
     if recipe.objective.name == "ar":  # the control arm: the causal LM as it is
         return Path(base)
     if is_diffusion_checkpoint(base):
         _check_same_spec(recipe, Path(base), "is a diffusion checkpoint with {}; leave the setting out, or say that")
         if is_main:
+            kernel = attention_kernel(recipe, AutoConfig.from_pretrained(base))
             load(base, device="cpu", attn_implementation=kernel)
         return Path(base)
     converted = output_dir / "converted"
@@ -72,7 +95,7 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
             p_uniform=recipe.noise.p_uniform if recipe.noise.kind == "hybrid" else None,
             mask_token=recipe.model.mask_token,
             shift_logits=bool(recipe.model.shift_logits),
-            attn_implementation=kernel,
+            attn_implementation=partial(attention_kernel, recipe),
         )
     what = "was converted earlier with {}; remove it, or choose another training.output_dir"
     spec = _check_same_spec(recipe, converted, what)
@@ -118,7 +141,7 @@ def prepared(folder: Path, recipe: Recipe, spec: DiffusionSpec, args: TrainingAr
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        attn_implementation=attention_kernel(recipe),
+        attn_implementation=attention_kernel(recipe, AutoConfig.from_pretrained(folder)),
         output_loading_info=True,
         **({} if ours.quantization is None else {"quantization_config": lora.nf4(compute_dtype(recipe))}),
     )

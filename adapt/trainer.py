@@ -43,7 +43,7 @@ from .hybrid_noise import hybrid_loss
 from .metrics import MetricsFile, Progress, RunningMetrics
 from .model import Term
 from .objective import RowLoss, cross_entropy, diffusion_loss
-from .prepare import attention_kernel, check_base, diffusion_checkpoint, prepared
+from .prepare import check_base, diffusion_checkpoint, prepared
 from .resume import newest_checkpoint, remove_unfinished, whole_checkpoints
 from .rows import check_curriculum, packed_rows, summary, that_fit
 from .saving import facts, save_final, save_provenance, sealed_checkpoint
@@ -70,7 +70,7 @@ class DiffusionTrainer(Trainer):
         **kwargs,
     ) -> None:
         # Compiled kernels want one shape; otherwise a batch is as long as its longest row.
-        compiled = recipe.model.torch_compile or attention_kernel(recipe) == "flex_attention"
+        compiled = recipe.model.torch_compile or kwargs["model"].config._attn_implementation == "flex_attention"
         fixed_length = recipe.data.seq_len if compiled else None
         collator = partial(collate, length=fixed_length, with_teacher=teacher is not None)
         super().__init__(data_collator=collator, **kwargs)

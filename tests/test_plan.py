@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from adapt import cli, footprint, plan
-from adapt.config import Recipe
-from adapt.settings import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from adapt.config import DataConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
+from adapt.settings import LoraConfig
 from adapt.zero_memory import Weights, Zero, peak, zero_of
 
 CONFIG = LlamaConfig(
@@ -145,6 +145,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
 
 def write(folder: Path) -> Path:
     CONFIG.save_pretrained(folder)
+    LlamaConfig(**CONFIG.to_diff_dict() | {"attention_dropout": 0.1}).save_pretrained(folder / "dropout")
     (folder / "recipe.yaml").write_text(
         "model: {base: owner/name, attention: block, block_size: 8}\ndata: {train: x.jsonl, seq_len: 64}\n"
         "training: {output_dir: runs/x, num_steps: 10, global_batch_size: 8, micro_batch_size: 4, deepspeed: zero2}\n"
@@ -175,6 +176,10 @@ def test_the_command_prints_every_stage_tokens_and_time(tmp_path: Path, capsys: 
         (["--train_tokens", "1e9"], "needs --tokens_per_s or --benchmark"),
         (["--model_config", "nowhere.json"], "model_config=nowhere.json: no such file"),
         (["--training.optimizer", "adafactor"], "training.optimizer=adafactor: its memory is not known here"),
+        (
+            ["--model_config", "dropout/config.json", "--model.attn_implementation", "flex_attention"],
+            "config.json has attention_dropout=0.1",
+        ),
         (["--benchmark", "recipe.yaml"], "not written by benchmarks/train.py"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -1,0 +1,73 @@
+"""Which attention kernel a run takes, for its model and its device."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from training_fixtures import losses, recipe_argv, write_base, write_pairs
+from transformers import BioGptConfig, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
+
+from adapt.config import DataConfig, ModelConfig, Recipe, TrainingConfig, parse_recipe
+from adapt.prepare import attention_kernel
+from adapt.trainer import train
+
+NO_DROPOUT = {"attention_dropout": 0.0}
+WITH_DROPOUT = {"attention_dropout": 0.1}
+
+
+def recipe(**model) -> Recipe:
+    return Recipe(
+        ModelConfig(base="owner/name", **model),
+        DataConfig(train="x.jsonl"),
+        TrainingConfig(output_dir="x", num_steps=1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "compiled", "kernel"),
+    [
+        (LlamaConfig(**NO_DROPOUT), "cuda", False, "flex_attention"),
+        (LlamaConfig(**NO_DROPOUT), "cpu", False, "sdpa_pieces"),
+        (LlamaConfig(**WITH_DROPOUT), "cuda", False, "sdpa_pieces"),
+        (LlamaConfig(**WITH_DROPOUT), "cuda", True, "sdpa"),
+        (BioGptConfig(), "cuda", False, "sdpa_pieces"),
+        (GPT2Config(attn_pdrop=0.0), "cuda", False, "sdpa_pieces"),
+    ],
+    ids=["llama", "cpu", "dropout", "dropout, compiled", "dropout by another name", "not in transformers"],
+)
+def test_flex_attention_is_the_default_only_where_transformers_trains_the_model_with_it(
+    config: PretrainedConfig, device: str, compiled: bool, kernel: str
+) -> None:
+    assert attention_kernel(recipe(torch_compile=compiled), config, device) == kernel
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LlamaConfig(**WITH_DROPOUT), "takes no dropout, and the base's config.json has attention_dropout=0.1"),
+        (GPT2Config(), "transformers' gpt2 does not run with it"),
+    ],
+    ids=["dropout", "gpt2"],
+)
+def test_flex_attention_that_was_asked_for_is_refused_by_name(config: PretrainedConfig, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model.attn_implementation=flex_attention: .*{re.escape(said)}; use eager"):
+        attention_kernel(recipe(attn_implementation="flex_attention"), config)
+
+
+def test_transformers_refuses_what_we_refuse() -> None:
+    with pytest.raises(ValueError, match="does not support `dropout`"):
+        flex_attention_forward(None, None, None, None, None, dropout=0.1)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_base_with_attention_dropout_trains_and_with_flex_attention_nothing_is_written(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_base(base, **WITH_DROPOUT)
+    argv = recipe_argv(base, write_pairs(tmp_path / "pairs.jsonl", rows=16), tmp_path / "out", training__num_steps=1)
+    with pytest.raises(ValueError, match=r"has attention_dropout=0\.1"):
+        train(parse_recipe([*argv, "--model.attn_implementation", "flex_attention"]))
+    assert not (tmp_path / "out" / "converted").exists()
+    train(parse_recipe(argv))
+    assert list(losses(tmp_path / "out")) == [1]
