@@ -17,22 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .shards import Shard
+from .shards import DTYPES, Shard
 
 _HELD = 32 << 20  # bytes of weights that may be in memory before they are given back
 _ROWS = 16
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 @contextmanager
@@ -59,7 +47,7 @@ def mapped_model(
 
 
 def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
-    dtype, (first, last) = _DTYPES[about["dtype"]], about["data_offsets"]
+    dtype, (first, last) = DTYPES[about["dtype"]], about["data_offsets"]
     if first == last:
         return torch.empty(about["shape"], dtype=dtype)
     flat = torch.frombuffer(file, dtype=torch.uint8, count=last - first, offset=start + first)
