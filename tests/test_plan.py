@@ -123,6 +123,29 @@ def test_the_stages_are_those_of_the_paper(stage: int, gigabytes: float) -> None
     assert states / 1e9 == pytest.approx(gigabytes, abs=0.06)
 
 
+def test_states_are_what_deepspeeds_own_estimate_says_and_two_bytes_of_a_part_more() -> None:
+    """DeepSpeed counts 18 bytes for each number of a rank's part; at an optimizer step there are 20."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as of_3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as of_2
+
+    psi, ranks = int(7.5e9), 64
+    weights = Weights(psi, psi, 2 * psi, 2 * psi, 8.0 * psi, 0, 1, 1)
+    shape, nothing = {"num_gpus_per_node": 8, "num_nodes": 8}, np.zeros((1, 4))
+    for stage, (_, gpu) in (
+        (2, of_2(psi, cpu_offload=False, **shape)),
+        (3, of_3(psi, 1, cpu_offload=False, additional_buffer_factor=1, **shape)[:2]),
+    ):
+        found = peak(Zero(stage, bucket=0, live=0), weights, nothing, ranks, accumulates=False)
+        assert found.total - gpu == pytest.approx(2 * psi / ranks, rel=0.01)
+    one = {"additional_buffer_factor": 1}
+    host_2, gpu_2 = of_2(psi, **one)
+    offloaded = peak(Zero(2, "cpu", bucket=0), weights, nothing, 1, accumulates=False)
+    assert (offloaded.total, offloaded.host) == pytest.approx((gpu_2, host_2), rel=1e-6)
+    host_3, _, _ = of_3(psi, 1, **one)
+    offloaded = peak(Zero(3, "cpu", "cpu", bucket=0, live=0), weights, nothing, 1, accumulates=False)
+    assert offloaded.host == pytest.approx(host_3, rel=1e-6)
+
+
 def test_offload_moves_states_out_of_the_gpu() -> None:
     on_gpu, offloaded, on_disk = (
         plan.own_peak(recipe(training={"deepspeed": name}), CONFIG, 1)

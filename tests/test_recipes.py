@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from adapt.trainer import train
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(p.relative_to(ROOT) for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "quickstart")
 FAMILIES = sorted({recipe.parent for recipe in RECIPES})
-# The config.json of each folder holds the shape and no more; models of one shape (base, -it, -Instruct) share it. Sources:
-# litgpt/config.py of Lightning-AI/litgpt at 26857050 (Qwen3, Llama, Gemma 3 1B, Mistral 7B v0.3, SmolLM2), fairseq2's OLMO2Config
-# (OLMo 2 1B), google/tunix's ModelConfig (Gemma 3 270M), transformers' GPT2Config. What holds them here is the number of
-# parameters that the Hub shows beside the weights.
+# The config.json of each folder holds the shape and no more; models of one shape (base, -it, -Instruct) share it. Compared with
+# other people's tables, not with the Hub: litgpt/config.py of Lightning-AI/litgpt at 26857050 (Qwen3, Llama, Gemma 3 1B, Mistral 7B
+# v0.3, SmolLM2), src/fairseq2/models/olmo/config.py of facebookresearch/fairseq2 at 1d050dd0 (OLMo 2 1B),
+# tunix/models/gemma3/model.py of google/tunix at 0027ed2b (Gemma 3 270M), transformers' GPT2Config. Gemma 3 1B has 131,072 positions
+# there and 32,768 here, of which no figure depends. The numbers of parameters are written down so that a shape does not change
+# unseen; a tied head counts once.
 PARAMETERS = {
     "gemma-3-1b": 999_885_952,
     "gemma-3-270m": 268_098_176,
@@ -130,14 +133,31 @@ def test_the_lines_on_top_are_its_command_and_its_memory(
     assert argv[1] == str(recipe)
     assert parse_recipe(argv).data.train == argv[argv.index("--data.train") + 1]
     assert launcher == 1 or run[run.index("--config") - 1] == "recipes/train.py"
-    for flag in ("--hostfile",):
-        assert flag not in run or (ROOT / run[run.index(flag) + 1]).is_file()
-    gpus = of_memory[of_memory.index("--gpus") + 1]
-    if "--num_gpus" in run or launcher == 1:
-        assert gpus == (run[run.index("--num_gpus") + 1] if launcher == 0 else "1")
+    ranks = 1 if launcher == 1 else 0
+    if "--num_gpus" in run:
+        ranks = int(run[run.index("--num_gpus") + 1])
+    elif "--hostfile" in run:
+        ranks = sum(map(int, re.findall(r"slots=(\d+)", (ROOT / run[run.index("--hostfile") + 1]).read_text())))
+    assert of_memory[of_memory.index("--gpus") + 1] == str(ranks)
 
     assert of_memory[:4] == ["adapt", "plan", "--config", str(recipe)]
     plan.main([*of_memory[2:], "--json", "true"])
     ways = json.loads(capsys.readouterr().out)["bytes_per_rank"]
     total = next(way["total"] for way in ways if way["is_recipes"])
     assert f"# Memory of each GPU, computed and not measured: {total / 1e9:.1f} GB" in lines
+
+
+def test_recipes_set_what_the_page_of_ablations_says_of_them() -> None:
+    made = {
+        str(recipe.parent.name + "/" + recipe.stem): parse_recipe(["--config", str(ROOT / recipe)])
+        for recipe in RECIPES
+    }
+    blocks = {name: one for name, one in made.items() if one.model.attention == "block"}
+    assert len(blocks) > 10
+    for name, one in blocks.items():
+        assert one.model.shift_logits is True, name
+        assert (one.objective.ar_weight, one.objective.weight) == (1, "uniform"), name
+        assert (one.objective.block_sizes, one.objective.complementary, one.model.clean_context) == ({}, False, None), (
+            name
+        )
+    assert [name for name, one in made.items() if one.objective.distill_weight] == ["qwen3-0.6b/qlora"]
