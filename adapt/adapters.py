@@ -24,18 +24,24 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # What an adapter's config may say where we merge layer by layer, and no forward shows whether that was right.
 _PLAIN_LORA = {
-    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "layers_pattern"),
-    *(
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-    ),
-    *("target_modules", "task_type", "use_dora", "use_rslora"),
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "peft_version",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from . import adapters
 from .settings import LoraConfig
 
 
@@ -67,17 +68,15 @@ def merge(
     """Writes the base with the adapter merged in, in float32, as a Hugging Face folder of `dtype`.
 
     quantization: what the adapter was trained on. It has learned to mend the rounding of the 4-bit weights, so it is merged
-    into those, dequantised, and not into the originals.
+    into those, dequantised, and not into the originals. Raises ValueError if merged it does not compute what it does beside them.
     """
-    import peft
-
     model: Any = AutoModelForCausalLM.from_pretrained(
         base_folder, dtype=torch.float32, **({} if quantization is None else {"quantization_config": quantization})
     )
     if quantization is not None:
         model = model.dequantize(dtype=torch.float32)
-    merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    merged.to(dtype).save_pretrained(out)
+    whole: Any = adapters.merged(model, adapter)
+    whole.to(dtype).save_pretrained(out)
 
 
 def _gathered(weight: torch.nn.Parameter):
