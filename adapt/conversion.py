@@ -112,7 +112,7 @@ def convert(
         source, revision = sources.fetch(base, scratch, trust_remote_code=trust_remote_code)
         # 1. Everything that can be refused before weights are copied.
         config = sources.read_config(source, base, trust_remote_code=trust_remote_code)
-        _check_base(config, base)
+        check_architecture(config, base)
         if adapter is not None:
             source = adapters.merge_folder(source, adapter, scratch / "merged")
         shards = read_shards(source)
@@ -157,7 +157,8 @@ def convert(
     return out
 
 
-def _check_base(config: PretrainedConfig, base: str | Path) -> None:
+def check_architecture(config: PretrainedConfig, base: str | Path) -> None:
+    """ValueError for what its config shows cannot be adapted: an encoder-decoder, several inputs, layers without attention."""
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted"
