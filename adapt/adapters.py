@@ -17,6 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from .shards import INDEX, Shard, read_shards
+from .source import copy_extras
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # What an adapter's config may say where we merge layer by layer, and no forward shows whether that was right.
@@ -147,34 +150,33 @@ def _check_same(adapter: Path, expected: Tensor, found: Tensor) -> None:
         )
 
 
-def merge_folder(source: Path, adapter: Path, out: Path) -> Path:
+def merge_folder(source: Path, adapter: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Writes the model in `source` with the adapter merged in as the folder `out`, with the adapter's tokenizer if it has one.
 
     File by file where the adapter is LoRA on layers whose weights are stored as the model has them, so that memory is bounded
-    by the largest file; else with the whole model loaded.
+    by the largest file; else with the whole model loaded. Raises ValueError for weights that `read_shards` refuses.
     """
+    shards = read_shards(source)
     out.mkdir()
-    config = AutoConfig.from_pretrained(source)
-    files = _files(source)
-    changes = _changes(config, adapter, {name for names in files.values() for name in names})
+    trusted = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(source, **trusted)
+    changes = _changes(config, adapter, {name for shard in shards.values() for name in shard.tensors}, **trusted)
     if changes is not None:
-        _merge_files(source, files, out, changes)
-        for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        _merge_files(shards, out, changes)
+        for name in ("config.json", "generation_config.json", INDEX):
             if (source / name).is_file():
                 shutil.copyfile(source / name, out / name)
     else:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, **trusted)
         merged(model, adapter).save_pretrained(out)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    AutoTokenizer.from_pretrained(adapter if has_tokenizer else source).save_pretrained(out)
-    for name in ("LICENSE", "LICENSE.txt"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    AutoTokenizer.from_pretrained(adapter if has_tokenizer else source, **trusted).save_pretrained(out)
+    copy_extras(source, out, **trusted)
     return out
 
 
 def _changes(
-    config: PretrainedConfig, adapter: Path, weights: set[str]
+    config: PretrainedConfig, adapter: Path, weights: set[str], *, trust_remote_code: bool
 ) -> dict[str, Callable[[Tensor], Tensor]] | None:
     """{name of a stored weight: what the adapter makes of it}; None for adapters whose merging needs the model as a whole."""
     import peft
@@ -185,7 +187,7 @@ def _changes(
     if any(value and key not in _PLAIN_LORA and value != usual.get(key) for key, value in _config(adapter).items()):
         return None
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # before peft puts its own there
     tied = {id(end) for end in ends} if config.tie_word_embeddings else set()
     beside, stored = _beside(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
@@ -222,21 +224,10 @@ def _with_change(layer: Any, weight: Tensor) -> Tensor:
     return changed
 
 
-def _files(source: Path) -> dict[str, list[str]]:
-    found = {}
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found[path.name] = list(file.keys())
-    return found
-
-
 @torch.no_grad()
-def _merge_files(
-    source: Path, files: dict[str, list[str]], out: Path, changes: dict[str, Callable[[Tensor], Tensor]]
-) -> None:
-    for name, tensors in tqdm(files.items(), desc="adapter", unit="file", disable=None):
-        with safe_open(source / name, framework="pt") as file:
-            made = {key: file.get_tensor(key) for key in tensors}
-            for key in changes.keys() & made.keys():
-                made[key] = changes[key](made[key])
-            save_file(made, out / name, metadata=file.metadata())
+def _merge_files(shards: dict[str, Shard], out: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    for name, shard in tqdm(shards.items(), desc="adapter", unit="file", disable=None):
+        made = load_file(shard.path)
+        for key in changes.keys() & made.keys():
+            made[key] = changes[key](made[key])
+        save_file(made, out / name, metadata=shard.metadata)

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from . import adapters
 from .model import DiffusionLM
 from .probe import probe
+from .shards import read_json
+from .source import check_no_code
 
 ATTENTIONS = ("bidirectional", "block", "prefix")
 CLEAN_CONTEXTS = ("block", "causal")
@@ -106,26 +108,31 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
     verify: bool = True,
 ) -> DiffusionLM:
     """The checkpoint as a DiffusionLM in eval mode, on `device` (default: CUDA if there is one).
 
-    adapter: a PEFT folder to merge in. dtype: default is what the checkpoint was saved in. verify: run the probe, which
-    raises ValueError if the loaded weights do not attend as the checkpoint promises.
+    adapter: a PEFT folder to merge in. dtype: default is what the checkpoint was saved in. trust_remote_code: run Python files
+    that come with the model. verify: run the probe, which raises ValueError if the loaded weights do not attend as the
+    checkpoint promises.
     """
     # 1. Everything that can be refused before weights are read.
     folder, adapter = adapters.base_and_adapter(folder, adapter)
     check_model_folder(folder)
+    if Path(folder).is_dir() and not trust_remote_code:
+        check_no_code(read_json(Path(folder) / "config.json", f"checkpoint={folder}"), f"checkpoint={folder}")
     device, dtype = _device(device), _dtype(dtype)
-    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trusted = {"trust_remote_code": trust_remote_code}
+    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder, **trusted), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
     if tokenizer.mask_token_id != spec.mask_token_id:
         raise ValueError(
             f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has "
             f"the id {tokenizer.mask_token_id}; keep the tokenizer files of the conversion beside the weights"
         )
     # 2. The weights, all of them.
-    model = _weights(folder, dtype, attn_implementation)
+    model = _weights(folder, dtype, attn_implementation, trust_remote_code)
     if adapter is not None:
         model = adapters.merged(model, adapter)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
@@ -134,11 +141,13 @@ def load(
     return DiffusionLM(model, tokenizer, spec, mask_free)
 
 
-def _weights(folder: str | Path, dtype: torch.dtype | str | None, kernel: str | None) -> PreTrainedModel:
+def _weights(
+    folder: str | Path, dtype: torch.dtype | str | None, kernel: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
     options = {name: value for name, value in (("dtype", dtype), ("attn_implementation", kernel)) if value is not None}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, **options
+            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code, **options
         )
     except ImportError as error:  # a kernel of a package that is not installed
         raise ValueError(

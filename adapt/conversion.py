@@ -34,7 +34,7 @@ from . import adapters, weights
 from . import source as sources
 from .arguments import CommandParser
 from .attention import layer_windows
-from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DiffusionSpec, check_loaded, check_model_folder
+from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DTYPES, DiffusionSpec, check_loaded, check_model_folder
 from .mapped import mapped_model
 from .mask_token import add_mask_token, check_whole
 from .probe import probe
@@ -78,17 +78,9 @@ def convert(
     out = Path(out)
     if out.exists():
         raise ValueError(f"out={out}: exists already; choose a new folder or remove it (nothing was overwritten)")
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention={attention}: choose one of {', '.join(ATTENTIONS)}")
-    for name, value in (("block_size", block_size), ("clean_context", clean_context)):
-        if value is not None and attention != "block":
-            raise ValueError(f"{name}={value}: belongs to attention=block, but attention={attention}; leave it out")
+    _check_attention(attention, block_size, clean_context)
     if attention == "block":
-        if block_size is None or block_size < 1:
-            raise ValueError(f"block_size={block_size}: attention=block needs one of at least 1; try 16 or 32")
         clean_context = clean_context or "causal"
-        if clean_context not in CLEAN_CONTEXTS:
-            raise ValueError(f"clean_context={clean_context}: choose one of {', '.join(CLEAN_CONTEXTS)}")
     base, adapter = adapters.base_and_adapter(base, adapter)
     spec = DiffusionSpec(
         attention=attention,
@@ -100,12 +92,7 @@ def convert(
         p_uniform=p_uniform,
         base_model=str(base),
     )
-    if dtype is not None and dtype not in weights.DTYPES:
-        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(weights.DTYPES))}")
-    if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of <= _MOST_PADDING:
-        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: must be from 1 to {_MOST_PADDING}; try 64")
-    if not 0 <= mask_init_std <= 1:
-        raise ValueError(f"mask_init_std={mask_init_std}: must be from 0 to 1; try 0.02")
+    _check_weights_settings(dtype, pad_to_multiple_of, mask_init_std)
     if not str(base).endswith(".gguf"):
         check_model_folder(base, "base")
     with scratch_beside(out) as scratch:
@@ -114,37 +101,40 @@ def convert(
         config = sources.read_config(source, base, trust_remote_code=trust_remote_code)
         check_architecture(config, base)
         if adapter is not None:
-            source = adapters.merge_folder(source, adapter, scratch / "merged")
+            source = adapters.merge_folder(source, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
         shards = read_shards(source)
         skeleton = sources.skeleton(config, base, shards, trust_remote_code=trust_remote_code)
         stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
         embeddings = weights.embedding_names(skeleton, stored)
-        num_rows = stored[embeddings[0]]["shape"][0]
-        if any(stored[name]["shape"][0] != num_rows for name in embeddings):
+        num_stored = stored[embeddings[0]]["shape"][0]
+        if any(stored[name]["shape"][0] != num_stored for name in embeddings):
             raise ValueError(
                 f"base={base}: {' and '.join(embeddings)} have different numbers of rows; download it again"
             )
-        tokenizer = sources.read_tokenizer(source, base, num_rows, trust_remote_code=trust_remote_code)
+        tokenizer = sources.read_tokenizer(source, base, num_stored, trust_remote_code=trust_remote_code)
         generation = _generation_config(source, config, base)
         ends = _ids(generation.get("eos_token_id")) | _ids(generation.get("pad_token_id")) | _ids(config.eos_token_id)
-        mask_token_id, num_rows = add_mask_token(tokenizer, num_rows, mask_token, frozenset(ends))
+        mask_token_id, num_rows = add_mask_token(tokenizer, num_stored, mask_token, frozenset(ends))
         num_rows += -num_rows % (pad_to_multiple_of or 1)
         spec = dataclasses.replace(spec, mask_token_id=mask_token_id, base_revision=revision)
-        kept = weights.stored_dtype(shards) if dtype is None else weights.DTYPES[dtype]
-        check_space(out, sum(shard.path.stat().st_size for shard in shards.values()))
+        stored_as = weights.stored_dtype(shards)
+        kept = stored_as if dtype is None else DTYPES[dtype]
+        rows = weights.NewRows(num_rows, mask_token_id, mask_init_std, seed)
+        per_layer = weights.per_layer_rows(stored, num_stored, rows)
+        rewrite = dict.fromkeys(embeddings, rows) | per_layer
+        for table in per_layer.values():
+            config.vocab_size_per_layer_input = table.num_rows
+        options: dict[str, Any] = {
+            "dtype": None if dtype is None else kept,
+            "keep_dtype": _kept_in_float32(skeleton, stored, kept),
+        }
+        check_space(out, weights.size_of_copy(shards, rewrite, **options))
         # 2. The folder, under another name. What is written goes to disk while the next file is copied, and while it is probed.
         staged = scratch / "checkpoint"
         staged.mkdir()
-        rows = weights.NewRows(num_rows, mask_token_id, mask_init_std, seed)
         flusher = Flusher()
         try:
-            for path in weights.copy(
-                shards,
-                staged,
-                dict.fromkeys(embeddings, rows),
-                dtype=None if dtype is None else kept,
-                keep_dtype=_kept_in_float32(skeleton, stored, kept),
-            ):
+            for path in weights.copy(shards, staged, rewrite, **options):
                 flusher.add(path)
             _write_about(staged, source, config, tokenizer, generation, spec, num_rows, kept, trust_remote_code)
             # 3. The proof, on what was written.
@@ -155,6 +145,27 @@ def convert(
             flusher.close()
         publish(staged, out)
     return out
+
+
+def _check_attention(attention: str, block_size: int | None, clean_context: str | None) -> None:
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention={attention}: choose one of {', '.join(ATTENTIONS)}")
+    for name, value in (("block_size", block_size), ("clean_context", clean_context)):
+        if value is not None and attention != "block":
+            raise ValueError(f"{name}={value}: belongs to attention=block, but attention={attention}; leave it out")
+    if attention == "block" and (block_size is None or block_size < 1):
+        raise ValueError(f"block_size={block_size}: attention=block needs one of at least 1; try 16 or 32")
+    if clean_context is not None and clean_context not in CLEAN_CONTEXTS:
+        raise ValueError(f"clean_context={clean_context}: choose one of {', '.join(CLEAN_CONTEXTS)}")
+
+
+def _check_weights_settings(dtype: str | None, pad_to_multiple_of: int | None, mask_init_std: float) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(DTYPES))}")
+    if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of <= _MOST_PADDING:
+        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: must be from 1 to {_MOST_PADDING}; try 64")
+    if not 0 <= mask_init_std <= 1:
+        raise ValueError(f"mask_init_std={mask_init_std}: must be from 0 to 1; try 0.02")
 
 
 def check_architecture(config: PretrainedConfig, base: str | Path) -> None:

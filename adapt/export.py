@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from .checkpoint import DTYPES, load
 from .model import DiffusionLM
 from .model_card import hub_base, license_of, read_report, write_card
 from .sampler import SamplerConfig
+from .shards import read_json
+from .source import check_no_code, copy_extras
 from .staging import publish, scratch_beside
 from .standalone import standalone
 
@@ -62,6 +63,10 @@ def export(
     _check_settings(out, format, dtype, max_shard_size)
     checkpoint, adapter = base_and_adapter(checkpoint, adapter)
     figures = None if report is None else read_report(report, Path(checkpoint))
+    if Path(checkpoint).is_dir():
+        config = read_json(Path(checkpoint) / "config.json", f"checkpoint={checkpoint}")
+        todo = "an export loads with transformers alone, so its architecture has to be one of theirs"
+        check_no_code(config, f"checkpoint={checkpoint}", todo=todo)
     lm = load(checkpoint, adapter=adapter, device="cpu")
     if dtype is not None:
         lm.model.to(DTYPES[dtype])  # pyright: ignore[reportArgumentType]
@@ -75,9 +80,8 @@ def export(
         lm.model.save_pretrained(staged, max_shard_size=max_shard_size)
         lm.tokenizer.save_pretrained(staged)
         _write_code(staged / "custom_generate")
-        for name in ("LICENSE", "LICENSE.txt"):
-            if (Path(checkpoint) / name).is_file():
-                shutil.copyfile(Path(checkpoint) / name, staged / name)
+        if Path(checkpoint).is_dir():
+            copy_extras(Path(checkpoint), staged, trust_remote_code=False)
         license = license or license_of(Path(checkpoint), lm.spec)
         about = {"license": license, "report": figures, "has_chat_template": bool(lm.tokenizer.chat_template)}
         write_card(staged / "README.md", out.name, spec, sampler, **about)

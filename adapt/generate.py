@@ -130,6 +130,9 @@ def main(argv: list[str]) -> None:
         "--dtype", type=str | None, default=None, help="bfloat16, float16 or float32; default: as saved"
     )
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; default: cuda if there is one")
+    parser.add_argument(
+        "--trust_remote_code", type=bool, default=False, help="run Python files that come with the model"
+    )
     parser.add_argument("--seed", type=int, default=0, help="for temperature above 0")
     parser.add_argument("--show", action="store_true", help="redraw the canvas after each round")
     parser.add_class_arguments(SamplerConfig, "sampler")
@@ -145,7 +148,8 @@ def main(argv: list[str]) -> None:
     if arguments.prompt == "":
         raise ValueError("prompt='': is empty; write at least one word to continue")
     prompts = [arguments.prompt] if arguments.prompts is None else _prompts(arguments.prompts)
-    lm = load(arguments.checkpoint, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device)
+    how = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device", "trust_remote_code")}
+    lm = load(arguments.checkpoint, **how)
     started = time.perf_counter()
     if arguments.infill is not None:
         text, output = fill(lm, arguments.infill, sampler, arguments.seed, arguments.show)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .staging import publish, scratch_beside
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -110,15 +112,11 @@ def gguf_to_folder(path: str | Path, out: str | Path, dtype: "torch.dtype | None
     if out.exists():
         raise ValueError(f"out={out}: exists already; remove it or choose another folder")
     model, tokenizer = load_gguf(path, dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        scratch.chmod(0o755)  # mkdtemp gives 0700
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_beside(out) as scratch:
+        staged = scratch / "model"
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        publish(staged, out)
     return out
 
 

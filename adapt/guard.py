@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from .collate import PackedRows
 from .resume import whole_checkpoints
 from .settings import TrainingConfig
+from .staging import is_full_disk
 
 _WINDOW = 64  # logged losses that the median of max_loss_ratio is taken over
 _FEWEST = 8  # below so many there is no median to speak of
@@ -234,12 +235,12 @@ def failures_name_the_checkpoint(output_dir: Path) -> Iterator[None]:
 
 
 def _is_failed_write(error: Exception, text: str) -> bool:
+    if is_full_disk(error):
+        return True
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-    # torch and safetensors tell of it in words only.
-    return (
-        "PytorchStreamWriter" in text or "inline_container" in text or "unexpected pos" in text or "os error 28" in text
-    )
+        return error.errno in (errno.EROFS, errno.EIO)
+    # torch tells of it in words only.
+    return "PytorchStreamWriter" in text or "inline_container" in text or "unexpected pos" in text
 
 
 def _is_lost_rank(error: Exception, text: str) -> bool:

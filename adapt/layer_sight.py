@@ -30,7 +30,7 @@ class Sight(NamedTuple):
 
 
 def layer_sight(model: PreTrainedModel, backbone: nn.Module, forward: Callable[[], Any], length: int) -> list[Sight]:
-    """Who sees whom in each layer that `forward` calls, in the order of the calls; the rows are `length` copies of one row.
+    """Who sees whom in each layer that `forward` calls, in the order of the calls; on `length` rows of one layout, or more.
 
     Row r asks for the gradient of token r. Every layer starts from hidden states of its own, so that only its own attention
     counts; a layer that takes keys and values from an earlier one (shared KV) is asked about that one's hidden states. Memory:
@@ -52,7 +52,12 @@ def layer_sight(model: PreTrainedModel, backbone: nn.Module, forward: Callable[[
     def ask(layer: nn.Module, _args: tuple, _kwargs: dict, outputs: Any) -> Any:
         nonlocal direction
         output: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
-        if output.shape[-3:-1] != (length, length) or output.shape[-1] != inputs[-1].shape[-1]:
+        if (
+            output.dim() < 3
+            or output.shape[-3] < length
+            or output.shape[-2] != length
+            or output.shape[-1] != inputs[-1].shape[-1]
+        ):
             raise ValueError(f"base={type(model).__name__}: its layers do not hand on hidden states [.., B, L, D]")
         if direction is None:
             generator = torch.Generator().manual_seed(0)
@@ -92,7 +97,7 @@ def _layers(backbone: nn.Module, model: PreTrainedModel) -> dict[nn.Module, int]
 
 def _moved(gradients: Tensor | None, length: int) -> Tensor:
     assert gradients is not None, "the layer's output does not depend on its input"
-    flat = gradients.movedim((-3, -2), (0, 1)).reshape(length, length, -1)
+    flat = gradients.movedim((-3, -2), (0, 1))[:length].reshape(length, length, -1)
     return (flat != 0).any(-1)
 
 

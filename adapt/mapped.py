@@ -8,7 +8,7 @@ experts that it stacks into one tensor on loading are copied into memory.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,22 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .shards import Shard
+from .shards import DTYPES, Shard
 
 _HELD = 32 << 20  # bytes of weights that may be in memory before they are given back
 _ROWS = 16
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 @contextmanager
@@ -59,13 +47,40 @@ def mapped_model(
 
 
 def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
-    dtype, (first, last) = _DTYPES[about["dtype"]], about["data_offsets"]
+    dtype, (first, last) = DTYPES[about["dtype"]], about["data_offsets"]
     if first == last:
         return torch.empty(about["shape"], dtype=dtype)
     flat = torch.frombuffer(file, dtype=torch.uint8, count=last - first, offset=start + first)
     if flat.data_ptr() % dtype.itemsize:  # the format does not promise alignment
         flat = flat.clone()
     return flat.view(dtype).view(about["shape"])
+
+
+class _InPieces(torch.autograd.Function):
+    """A linear layer, and the gradient of its input (the probe asks for no other), with `_HELD` bytes of its weight at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, give_back: Callable[[], None]) -> Tensor:
+        ctx.weight, ctx.give_back = weight, give_back
+        pieces = []
+        for rows in _pieces(weight):
+            pieces.append(nn.functional.linear(input, weight[rows], None if bias is None else bias[rows]))
+            give_back()
+        return torch.cat(pieces, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        total = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1], dtype=torch.float32)
+        for rows in _pieces(ctx.weight):
+            total += gradient[..., rows] @ ctx.weight[rows]
+            ctx.give_back()
+        return total.to(gradient.dtype), None, None, None
+
+
+def _pieces(weight: Tensor) -> list[slice]:
+    rows = max(1, _HELD // (weight[0].nbytes or 1))
+    return [slice(first, first + rows) for first in range(0, len(weight), rows)]
 
 
 def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None:
@@ -86,13 +101,7 @@ def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None
             give_back()
 
     def in_pieces(linear: nn.Linear, input: Tensor) -> Tensor:
-        rows = max(1, _HELD // (linear.weight[0].nbytes or 1))
-        biases = [None] * len(linear.weight) if linear.bias is None else linear.bias.split(rows)
-        pieces = []
-        for weight, bias in zip(linear.weight.split(rows), biases):
-            pieces.append(nn.functional.linear(input, weight, bias))
-            give_back()
-        return torch.cat(pieces, dim=-1)
+        return _InPieces.apply(input, linear.weight, linear.bias, give_back)
 
     def row_by_row(embedding: nn.Embedding, input: Tensor) -> Tensor:
         # A row that is touched brings up to 2 MB around it, so a thousand of them bring the whole table.

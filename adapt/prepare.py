@@ -27,12 +27,17 @@ from .config import Recipe
 from .conversion import convert
 from .engine import compute_dtype, whole_weights
 from .model import attach_loss
+from .shards import read_json
+from .source import check_no_code
 
 
 def check_base(recipe: Recipe) -> None:
     base = recipe.model.base
     if not base.endswith(".gguf"):
         check_model_folder(base, "model.base")
+    if Path(base).is_dir():
+        todo = "train a model of transformers' own architectures"
+        check_no_code(read_json(Path(base) / "config.json", f"model.base={base}"), f"model.base={base}", todo=todo)
     if recipe.objective.name != "ar" or not is_diffusion_checkpoint(base):
         return
     section = json.loads((Path(base) / "config.json").read_text())["diffusion"]

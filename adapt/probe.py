@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,16 +73,17 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
     length = layout.position_ids.shape[1]
     with _evaluated(model), short_spans(model, SPAN):
         attention_mask(model.config, layout)  # where the kernel takes no mask, that is the reason to give
-        tokens, others = _distinct_tokens(model, length)
-        edits = torch.where(torch.eye(length, device=tokens.device).bool(), others, tokens)
-        hidden = _forward(model, torch.cat([tokens[None], edits]), layout)
-        _check_layers(model, attention, layout)
+        hidden = (
+            _check_layers(model, attention, layout) if _has_gradients(model) else _check_reach(model, attention, layout)
+        )
         _check_edits(model, attention, layout, hidden)
-        effect = _effect_of_positions(model, tokens, layout, hidden[:1])
+        tokens, _ = _distinct_tokens(model, length)
+        effect = cache(
+            partial(_effect_of_positions, model, tokens, layout, hidden[:1])
+        )  # a forward that bfloat16 never needs
         _check_order(model, attention, tokens, layout, hidden[:1], effect)
-        _check_causal_mode(model, tokens, effect)
         mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
-        _check_head(model, tokens)
+        _check_causal_mode(model, tokens, effect)
     return mask_free
 
 
@@ -139,17 +141,22 @@ def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout | None, dens
     except torch.OutOfMemoryError:
         raise
     except _CANNOT as error:
-        if str(error).startswith(("base=", "model.")):  # ours
-            raise
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
         what = "does not run as it is" if layout is None else "does not take an explicit attention mask"
-        kernel = model.config._attn_implementation
-        raise ValueError(f"base={type(model).__name__}: {what} with {kernel} attention ({reason})") from error
+        raise _cannot(model, error, what) from error
     if not hidden.isfinite().all():
         raise ValueError(
             f"base={type(model).__name__}: computes NaN or infinity in {model.dtype}; try another dtype, or mend it"
         )
     return hidden
+
+
+def _cannot(model: PreTrainedModel, error: Exception, what: str) -> Exception:
+    if str(error).startswith(("base=", "model.")):  # ours
+        return error
+    reason = " ".join((str(error) or type(error).__name__).split())[:160]
+    return ValueError(
+        f"base={type(model).__name__}: {what} with {model.config._attn_implementation} attention ({reason})"
+    )
 
 
 def _check_edits(model: PreTrainedModel, attention: str, layout: Layout, hidden: Tensor) -> None:
@@ -164,19 +171,20 @@ def _check_edits(model: PreTrainedModel, attention: str, layout: Layout, hidden:
         raise _wrong(model, attention, "", leaked, "sees, but should not,")
 
 
-def _check_layers(model: PreTrainedModel, attention: str, layout: Layout) -> None:
-    """Every layer by itself sees what it should and nothing else."""
-    if not _has_gradients(model):
-        return _check_reach(model, attention, layout)
+def _check_layers(model: PreTrainedModel, attention: str, layout: Layout) -> Tensor:
+    """Every layer by itself sees what it should and nothing else; the hidden states [1 + L, L, D] of the first try, for the edits."""
     length = layout.position_ids.shape[1]
     promised = _promised(model, layout)
     real = (layout.document_ids[0] != PADDING_DOCUMENT)[:, None]  # what padding sees is nobody's business
     unseen: list[Tensor] = []
+    hidden: list[Tensor] = []
     for seed in range(_TRIES):  # a key may be seen with a weight that underflows, but not for all texts
-        tokens, _ = _distinct_tokens(model, length, seed)
-        sights = layer_sight(
-            model, backbone_of(model), lambda t=tokens: _forward(model, t.expand(length, -1), layout), length
-        )
+        texts = _edited(model, length, seed)
+
+        def forward(texts: Tensor = texts) -> None:
+            hidden.append(_forward(model, texts, layout).detach())
+
+        sights = layer_sight(model, backbone_of(model), forward, length)
         for sight in sights:
             leaked = sight.sees & ~promised[sight.index] & real
             if leaked.any():
@@ -185,7 +193,7 @@ def _check_layers(model: PreTrainedModel, attention: str, layout: Layout) -> Non
         missing = [~sight.sees & promised[sight.index] & real for sight in sights]
         unseen = [m & u for m, u in zip(missing, unseen or missing, strict=True)]
         if not any(u.any() for u in unseen):
-            return
+            return hidden[0]
     which = [i for i, u in enumerate(unseen) if u.any()]
     first = which[0]
     raise _wrong(
@@ -195,6 +203,13 @@ def _check_layers(model: PreTrainedModel, attention: str, layout: Layout) -> Non
         unseen[first],
         "does not see, but should,",
     )
+
+
+def _edited(model: PreTrainedModel, length: int, seed: int) -> Tensor:
+    """[1 + L, L]: a text, and below it the text with each of its tokens edited in turn."""
+    tokens, others = _distinct_tokens(model, length, seed)
+    edits = torch.where(torch.eye(length, device=tokens.device).bool(), others, tokens)
+    return torch.cat([tokens[None], edits])
 
 
 def _named(indices: list[int], layer: str) -> str:
@@ -240,13 +255,13 @@ def _difference(hidden: Tensor, expected: Tensor, layout: Layout | None = None) 
     return float((relative if layout is None else relative[layout.document_ids != PADDING_DOCUMENT]).mean())
 
 
-def _is_rounding(model: PreTrainedModel, difference: float, effect: float) -> bool:
+def _is_rounding(model: PreTrainedModel, difference: float, effect: Callable[[], float]) -> bool:
     rounding = 128 * torch.finfo(model.dtype).eps
-    return difference <= _tolerance(model) and (difference <= rounding or difference <= 0.1 * effect)
+    return difference <= _tolerance(model) and (difference <= rounding or difference <= 0.1 * effect())
 
 
 def _check_order(
-    model: PreTrainedModel, attention: str, tokens: Tensor, layout: Layout, hidden: Tensor, effect: float
+    model: PreTrainedModel, attention: str, tokens: Tensor, layout: Layout, hidden: Tensor, effect: Callable[[], float]
 ) -> None:
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
     elsewhere = _each(layout, lambda x: x[:, order])
@@ -260,18 +275,19 @@ def _check_order(
         )
 
 
-def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, effect: float) -> None:
+def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, effect: Callable[[], float]) -> None:
     first = _DOCUMENTS.count(1)
     one_text = torch.ones(1, first, dtype=torch.long, device=tokens.device)
     ours = _forward(model, tokens[None, :first], Layout.of("prefix", one_text, num_prompt_tokens=first))
     with _as_causal(model):
-        plain = _forward(model, tokens[None, :first], None)
-    difference = _difference(ours, plain)
+        plain, logits = _plain(model, tokens[None, :first])
+    difference = _difference(ours, plain.float())
     if not _is_rounding(model, difference, effect):
         raise ValueError(
             f"base={type(model).__name__}: under our causal mask it differs by {difference:.0e} from what it computes by "
             "itself, so its layers or its positions are not what its config says; choose another base model"
         )
+    _check_head(model, plain, logits)
 
 
 @contextmanager
@@ -288,19 +304,18 @@ def _as_causal(model: PreTrainedModel) -> Iterator[None]:
             config.is_causal = False
 
 
-def _check_reach(model: PreTrainedModel, attention: str, layout: Layout) -> None:
+def _check_reach(model: PreTrainedModel, attention: str, layout: Layout) -> Tensor:
     """Where there is no gradient: a token moves those that see it, by more than nothing, in one of several texts."""
     length = layout.position_ids.shape[1]
     promised = torch.stack(_promised(model, layout)).any(0)
     real = (layout.document_ids[0] != PADDING_DOCUMENT)[:, None]
     unseen = promised & real
-    for seed in range(_TRIES):
-        tokens, others = _distinct_tokens(model, length, seed)
-        edits = torch.where(torch.eye(length, device=tokens.device).bool(), others, tokens)
-        hidden = _forward(model, torch.cat([tokens[None], edits]), layout)
+    tries = [_forward(model, _edited(model, length, seed), layout) for seed in range(_TRIES)]
+    for hidden in tries:
         unseen &= (hidden[1:] == hidden[:1]).all(-1).T
     if unseen.any():
         raise _wrong(model, attention, "", unseen, "does not see, but should,")
+    return tries[0]
 
 
 def _has_gradients(model: PreTrainedModel) -> bool:
@@ -311,34 +326,52 @@ def _has_gradients(model: PreTrainedModel) -> bool:
 def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: Tensor) -> bool:
     first = _DOCUMENTS.count(1)
     text = tokens[None, :first]
-    plain, expected = _forward(model, text, None), masked_hidden[:1, :first]
-    agrees = (plain - expected).abs().amax() <= _tolerance(model) * expected.abs().amax()
-    if agrees and _has_gradients(model):
+    plain: list[Tensor] = []
+
+    def forward() -> None:
+        plain.append(_forward(model, text.expand(first, -1), None).detach())
+
+    if _has_gradients(model):
         promised = _promised(model, Layout.of("bidirectional", torch.ones_like(text)))
-        sights = layer_sight(model, backbone_of(model), lambda: _forward(model, text.expand(first, -1), None), first)
+        sights = layer_sight(model, backbone_of(model), forward, first)
         agrees = all(torch.equal(sight.sees, promised[sight.index]) for sight in sights)
+    else:
+        forward()
+        agrees = True
+    expected = masked_hidden[:1, :first]
+    agrees &= bool((plain[0][:1] - expected).abs().amax() <= _tolerance(model) * expected.abs().amax())
     if not agrees:
         logger.warning(
             f"{type(model).__name__} ignores config.is_causal=False with {model.config._attn_implementation} attention: "
             "we pass an explicit mask, but a plain transformers load of this checkpoint stays causal"
         )
-    return bool(agrees)
+    return agrees
 
 
 def _tolerance(model: PreTrainedModel) -> float:
     return 1e-4 if torch.finfo(model.dtype).eps < 1e-6 else 0.1
 
 
-def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
-    wrong = f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
-    seen: list[Any] = []  # of the same forward: a second one would read all weights again
-    hook = backbone_of(model).register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
+def _plain(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden states, logits) of a forward without a mask: of one, because each reads all weights."""
+    seen: list[Any] = []
+    backbones = {backbone_of(model), model.get_decoder() or model} - {model}  # OPT's forward calls the part of a part
+    hooks = [part.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs)) for part in backbones]
     try:
-        logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits.float()
+        logits = model(input_ids=tokens, use_cache=False).logits
+    except _CANNOT as error:
+        raise _cannot(model, error, "does not run as it is") from error
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+    hidden = [outputs.last_hidden_state for outputs in seen if hasattr(outputs, "last_hidden_state")]
+    return hidden[-1], logits.float()  # ModernBERT's "decoder" is its head
+
+
+def _check_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
+    wrong = f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
     try:
-        ours = output_head(model)(seen[0].last_hidden_state).float()
+        ours = output_head(model)(hidden).float()
     except RuntimeError as error:  # a head that takes another width
         raise ValueError(wrong) from error
     if ours.shape != logits.shape or (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():

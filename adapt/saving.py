@@ -16,6 +16,7 @@ from .config import Recipe
 from .engine import compute_dtype, whole_weights
 from .manifest import COMPLETE, data_files, seal, versions
 from .resume import whole_checkpoints
+from .staging import publish
 
 
 def facts(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -72,5 +73,5 @@ def save_final(trainer: Trainer, recipe: Recipe, base_folder: Path, final: Path)
         (staged / "training_args.bin").unlink(
             missing_ok=True
         )  # a pickle of this machine's settings; config.yaml says more
-        staged.rename(final)
+        publish(staged, final)
     trainer.accelerator.wait_for_everyone()

@@ -30,7 +30,9 @@ from .shards import Shard, read_json
 
 # Without any of them transformers makes an empty tokenizer, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
-_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", *_LICENCES)
+# What the keys of a config are called whose numbers count modules, and whose are a size of tensors.
 _COUNTS = re.compile(r"layers?$|heads?$|experts?$|^n_(layer|head)|groups?$|num_hidden|depth")
 _SIZES = re.compile(r"size|dim$|_dim_|rank|embd|inner|positions|position_embeddings|vocab|window|length|channels|width")
 _MOST, _LARGEST = 1 << 16, 1 << 28
@@ -76,12 +78,8 @@ def read_config(source: Path, base: str | Path, *, trust_remote_code: bool = Fal
     raw = read_json(source / "config.json", f"base={base}")
     if raw.get("diffusion") is not None:
         raise ValueError(f"base={base}: is a diffusion checkpoint already; train it with `model.base: {base}`")
-    known = isinstance(raw.get("model_type"), str) and raw["model_type"] in CONFIG_MAPPING
-    if raw.get("auto_map") and not trust_remote_code and not known:
-        raise ValueError(
-            f"base={base}: is made by Python code of its own ({str(raw['auto_map'])[:60]}), which was not run; "
-            "read it, and if you trust it say --trust_remote_code true"
-        )
+    if not trust_remote_code:
+        check_no_code(raw, f"base={base}")
     if raw.get("quantization_config") is not None:
         raise ValueError(
             f"base={base}: its weights are quantised (quantization_config); convert the model in bfloat16 or float32"
@@ -94,6 +92,17 @@ def read_config(source: Path, base: str | Path, *, trust_remote_code: bool = Fal
     _check_sizes(raw, f"base={base}: config.json")
     with _one_line(f"base={base}: config.json makes no model"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def check_no_code(
+    config: Mapping[str, Any], what: str, *, todo: str = "read it, and if you trust it say --trust_remote_code true"
+) -> None:
+    """ValueError, of `what` and with what `todo`, for the config.json of a model that only its own Python files can make."""
+    known = isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
+    if config.get("auto_map") and not known:
+        raise ValueError(
+            f"{what}: is made by Python code of its own ({str(config['auto_map'])[:60]}), which was not run; {todo}"
+        )
 
 
 def skeleton(
@@ -149,11 +158,10 @@ def read_tokenizer(
 
 def copy_extras(source: Path, out: Path, *, trust_remote_code: bool) -> None:
     """Copies the licence, and the model's own Python where it is trusted; what a link brings from elsewhere is left out."""
-    names = {"LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"}
     # In the Hub's cache every file is a link into `blobs` of the same repository.
     homes = [source.resolve(), source.resolve().parent.parent / "blobs"]
     for path in sorted(source.iterdir()):
-        wanted = path.name in names or (trust_remote_code and path.suffix == ".py")
+        wanted = path.name in _LICENCES or (trust_remote_code and path.suffix == ".py")
         if wanted and path.is_file() and path.resolve().parent in homes:
             shutil.copyfile(path, out / path.name)
 
@@ -188,13 +196,13 @@ def _check_sizes(section: Any, what: str) -> None:
 
 
 def _check_layers(config: PretrainedConfig, base: str | Path, shards: Mapping[str, Shard]) -> None:
-    """A million layers are a million modules, before the first missing weight is noticed."""
+    """A million layers are a million modules, before the first missing weight is noticed; a few runs through each may be meant."""
     numbers = [
         int(i) for shard in shards.values() for name in shard.tensors for i in re.findall(r"\.(\d{1,9})\.", name)
     ]
     stored = 1 + max(numbers, default=-1)
     layers = getattr(config, "num_hidden_layers", None)
-    if stored and isinstance(layers, int) and layers > stored:
+    if stored and isinstance(layers, int) and layers > 64 * stored:
         raise ValueError(
             f"base={base}: config.json says num_hidden_layers={layers}, but the weights have {stored}; wrong config.json?"
         )

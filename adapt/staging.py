@@ -49,6 +49,12 @@ def check_space(out: Path, num_bytes: int) -> None:
         )
 
 
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error means that nothing more can be written here; safetensors and tokenizers say it in words only."""
+    said = ("No space left", "File too large", "quota exceeded")
+    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in said)
+
+
 class Flusher:
     """Brings files to disk in the background, so that the probe need not wait for it; `wait()` raises what went wrong."""
 
@@ -109,9 +115,7 @@ def _no_traceback_when_full(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the tokenizer's Rust raises a bare Exception for the same thing
-        if getattr(error, "errno", None) not in _FULL and not any(
-            said in str(error) for said in ("No space left", "File too large", "quota exceeded")
-        ):
+        if not is_full_disk(error):
             raise
         raise ValueError(
             f"out={out}: the disk is full, nothing was left on it; free some space or write elsewhere"

@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .shards import INDEX, SINGLE, Shard
+from .shards import DTYPES, INDEX, SINGLE, Shard
 
 _CHUNK = 4 << 20  # bytes
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in _STORED.items()}
+_FLOATING = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
+_NAMES = {dtype: name for name, dtype in _FLOATING.items()}
 
 
 @dataclass(frozen=True)
@@ -72,19 +71,46 @@ def embedding_names(model: PreTrainedModel, stored: Collection[str]) -> list[str
     return found
 
 
+def per_layer_rows(stored: Mapping[str, dict[str, Any]], num_stored: int, rows: NewRows) -> dict[str, NewRows]:
+    """The same for the second table of tokens that Gemma 3n and Gemma 4 have for their layers; empty where there is none.
+
+    It grows where the embedding of `num_stored` rows does, as in transformers' own resizing, or where the mask token is beyond it:
+    Gemma 4 looks up every id there.
+    """
+    found = {name: about["shape"] for name, about in stored.items() if name.endswith("embed_tokens_per_layer.weight")}
+    tables = {name: shape[0] for name, shape in found.items() if len(shape) == 2}
+    return {
+        name: replace(rows, num_rows=rows.num_rows if rows.num_rows > num_stored or rows.mask_row >= size else size)
+        for name, size in tables.items()
+    }
+
+
 def stored_dtype(shards: Mapping[str, Shard]) -> torch.dtype:
-    """The floating dtype that most of the weights are stored in; ValueError for weights that are quantised."""
+    """The floating dtype that most of the weights are stored in; ValueError where any are quantised."""
     sizes: dict[str, int] = {}
     for shard in shards.values():
         for tensor in shard.tensors.values():
             sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
     most = max(sizes, key=sizes.__getitem__)
-    if most not in _STORED:
+    quantised = sorted(sizes.keys() - DTYPES.keys()) or [most]
+    if quantised[0] not in DTYPES or most not in _FLOATING:
         raise ValueError(
-            f"base={next(iter(shards.values())).path.parent}: its weights are stored as {most}, which is quantised; "
+            f"base={next(iter(shards.values())).path.parent}: its weights are stored as {quantised[0]}, which is quantised; "
             "convert the model in bfloat16, float16 or float32"
         )
-    return _STORED[most]
+    return _FLOATING[most]
+
+
+def size_of_copy(
+    shards: Mapping[str, Shard],
+    rewrite: Mapping[str, NewRows],
+    *,
+    dtype: torch.dtype | None = None,
+    keep_dtype: Collection[str] = (),
+) -> int:
+    """Bytes of the tensors that `copy` would write with the same arguments."""
+    plans = (_planned(shard, rewrite, dtype, keep_dtype) for shard in shards.values())
+    return sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for plan in plans for tensor in plan.values())
 
 
 def copy(
@@ -146,13 +172,13 @@ def _planned(
     for name in sorted(shard.tensors, key=lambda name: shard.tensors[name]["data_offsets"]):
         tensor = dict(shard.tensors[name])
         if name in rewrite:
-            if tensor["dtype"] not in _STORED:
+            if tensor["dtype"] not in _FLOATING:
                 raise ValueError(f"base={shard.path}: {name} is stored as {tensor['dtype']}; give it in bfloat16")
             tensor["shape"] = [rewrite[name].num_rows, *tensor["shape"][1:]]
-        if dtype is not None and tensor["dtype"] in _STORED and name not in keep_dtype:
+        if dtype is not None and tensor["dtype"] in _FLOATING and name not in keep_dtype:
             tensor["dtype"] = _NAMES[dtype]
         if tensor != shard.tensors[name]:
-            size = math.prod(tensor["shape"]) * _STORED[tensor["dtype"]].itemsize
+            size = math.prod(tensor["shape"]) * _FLOATING[tensor["dtype"]].itemsize
         else:
             size = tensor["data_offsets"][1] - tensor["data_offsets"][0]
         plan[name] = {**tensor, "data_offsets": [position, position + size]}
@@ -179,7 +205,7 @@ def _rewrite_tensor(
     read: io.FileIO, write: io.FileIO, name: str, old: dict[str, Any], new: dict[str, Any], rows: NewRows | None
 ) -> None:
     """Streams one tensor from where `read` stands to where `write` stands: cast, grown, with a new row for the mask token."""
-    from_dtype, to_dtype = _STORED[old["dtype"]], _STORED[new["dtype"]]
+    from_dtype, to_dtype = _FLOATING[old["dtype"]], _FLOATING[new["dtype"]]
     row_shape = old["shape"][1:]
     width = math.prod(row_shape)  # numbers in a row; 1 for a bias
     num_old = old["shape"][0] if old["shape"] else 1
@@ -193,7 +219,7 @@ def _rewrite_tensor(
     for first in range(0, num_old, at_once):
         chunk = buffer[: num_old - first]
         if not _read_all(read, _bytes_of(chunk)):
-            raise ValueError(f"base={read.name}: became shorter while it was read; is something writing to it?")
+            raise _became_shorter(read)
         if rows is not None:
             total += in_float32[: len(chunk)].copy_(chunk).sum(0)
         _write_all(write, _bytes_of(_cast(chunk, to_dtype, name)))
@@ -253,7 +279,8 @@ def _copy_bytes(read, write, start: int, size: int) -> None:
             if done or getattr(error, "errno", errno.ENOSYS) not in _NO_KERNEL_COPY:
                 raise
             return _copy_bytes_by_hand(read, write, start, size)
-        assert step, "read_shards has held the offsets against the size of the file"
+        if not step:
+            raise _became_shorter(read)
         done += step
 
 
@@ -264,6 +291,11 @@ def _copy_bytes_by_hand(read, write, start: int, size: int) -> None:
     read.seek(start)
     while size > 0:
         piece = read.read(min(_CHUNK, size))
-        assert piece, "read_shards has held the offsets against the size of the file"
+        if not piece:
+            raise _became_shorter(read)
         _write_all(write, memoryview(piece))
         size -= len(piece)
+
+
+def _became_shorter(read) -> ValueError:
+    return ValueError(f"base={read.name}: became shorter while it was read; is something writing to it?")

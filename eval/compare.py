@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.arguments import CommandParser
-from adapt.checkpoint import check_model_folder, is_diffusion_checkpoint
+from adapt.checkpoint import DTYPES, check_model_folder, is_diffusion_checkpoint
 
 from . import provenance, speed
 from .caveats import caveats
@@ -37,7 +37,6 @@ from .speed_arms import choose_prompts, model_of, speed_arm
 from .words import headline, terminal_table
 
 _HFLM: Any = HFLM  # lm-eval's decorator hides the class from type checkers
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def compare(
@@ -236,9 +235,9 @@ def _device(device: str | None) -> torch.device:
 def _dtype(dtype: str | None, device: str | None) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(_DTYPES))}; all arms run in the same")
-    return _DTYPES[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(DTYPES))}; all arms run in the same")
+    return DTYPES[dtype]
 
 
 def _sampled(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -131,6 +131,22 @@ def test_an_adapter_on_a_checkpoint_is_merged_at_load(checkpoint_folder, tmp_pat
             torch.testing.assert_close(lm.model(TOKENS).logits, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_merging_reads_no_pickle_and_no_weights_of_a_damaged_base(base_folder, lora, tmp_path) -> None:
+    pickled = shutil.copytree(base_folder("llama"), tmp_path / "pickled")
+    weights = AutoModelForCausalLM.from_pretrained(pickled).state_dict()
+    for path in pickled.glob("model*.safetensors*"):
+        path.unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    cut = shutil.copytree(base_folder("llama"), tmp_path / "cut")
+    shard = min(cut.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    for base, message in ((pickled, "pickled weights are not read"), (cut, f"{shard.name} is not a safetensors file")):
+        adapter = _edited(lora, tmp_path / f"for {base.name}", base_model_name_or_path=str(base))
+        with pytest.raises(ValueError, match=message):
+            convert(base, tmp_path / "out", adapter=adapter)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def _edited(adapter: Path, out: Path, **changes) -> Path:
     shutil.copytree(adapter, out)
     config = json.loads((out / "adapter_config.json").read_text()) | changes

@@ -228,6 +228,17 @@ CASES: dict[str, tuple] = {
         tensors(lambda w: w.update({n: t.to(torch.float8_e4m3fn) for n, t in w.items()})),
         "stored as F8_E4M3, which is quantised",
     ),
+    "quantised in one layer": (
+        "qwen3",
+        tensors(lambda w: w.update({n: t.to(torch.float8_e4m3fn) for n, t in w.items() if "layers.1.mlp" in n})),
+        "stored as F8_E4M3, which is quantised",
+    ),
+    "quantised, and another dtype asked for": (
+        "qwen3",
+        tensors(lambda w: w.update({n: t.to(torch.float8_e4m3fn) for n, t in w.items() if "layers.1.mlp" in n})),
+        "stored as F8_E4M3, which is quantised",
+        ["--dtype", "bfloat16"],
+    ),
     "too large for float16": (
         "qwen3",
         tensors(lambda w: nan(w, N, 1e6)),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import VOCABULARY, build_tokenizer, save_base
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from tiny_models import VOCABULARY, build_model, build_tokenizer, save_base
+from transformers import AutoConfig, AutoTokenizer, Gemma3nTextConfig, Gemma4TextConfig, GenerationConfig
 
 import adapt
 from adapt.conversion import convert
@@ -211,3 +211,26 @@ def test_tokenizer_config_and_generation_config_agree_on_the_mask_token(base_fol
         assert AutoConfig.from_pretrained(out).diffusion["mask_token_id"] == mask == VOCABULARY
         assert generation.mask_token_id == mask
         assert generation.eos_token_id == ([0, 5] if has_one else 0)
+
+
+@pytest.mark.parametrize("special, options", [([], {}), ([], {"pad_to_multiple_of": 64}), (["<unused0>"], {})])
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4"])
+def test_the_second_table_of_gemma_has_a_row_for_the_mask_token(tmp_path, kind, special, options):
+    size = {"vocab_size": VOCABULARY + len(special), "vocab_size_per_layer_input": VOCABULARY + len(special)}
+    size |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    size |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size_per_layer_input": 8, "sliding_window": 9}
+    size |= {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
+    size |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.3}
+    more = {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 2} if kind == "gemma3n" else {}
+    of_kind = {"gemma3n": Gemma3nTextConfig, "gemma4": Gemma4TextConfig}
+    build_model(of_kind[kind](**size, **more)).save_pretrained(tmp_path / "base")
+    build_tokenizer(*special).save_pretrained(tmp_path / "base")
+    out = convert(tmp_path / "base", tmp_path / "out", attention="prefix", **options)
+    config, mask = AutoConfig.from_pretrained(out), VOCABULARY
+    assert config.vocab_size == config.vocab_size_per_layer_input == (320 if options else VOCABULARY + 1)
+    [name] = [name for name in load_file(out / "model.safetensors") if name.endswith("embed_tokens_per_layer.weight")]
+    old, new = (load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("base", "out"))
+    assert torch.equal(new[:VOCABULARY], old[:VOCABULARY])
+    torch.testing.assert_close(new[mask], old.mean(0), rtol=1e-4, atol=1e-6)
+    lm = adapt.load(out, device="cpu")
+    assert lm.generate(torch.tensor([[5, 6]]), max_new_tokens=2).sequences.max() < mask

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, build_tokenizer, save_base
 from transformers import AutoModelForCausalLM
 
 import adapt
-from adapt import mapped, shards, staging, weights
+from adapt import mapped, shards, source, staging, weights
 from adapt.cli import main as cli
 from adapt.conversion import convert
 
@@ -195,6 +196,17 @@ def test_a_file_that_may_not_grow_is_told_as_a_full_disk(base_folder, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_room_is_asked_for_what_is_written_and_not_for_what_is_read(base_folder, tmp_path, monkeypatch):
+    base = base_folder("llama")
+    stored = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(0.75 * stored)))
+    with pytest.raises(ValueError, match=r"needs .* GB, but its disk has"):
+        convert(base, tmp_path / "as stored", verify=False)
+    out = convert(base, tmp_path / "half", dtype="bfloat16", verify=False)
+    assert sum(path.stat().st_size for path in out.glob("*.safetensors")) < 0.75 * stored
+
+
 def test_too_little_room_is_said_before_anything_is_written(base_folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
@@ -230,7 +242,16 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tmp_path, mo
         capsys.readouterr().err
     )
     assert marker.exists()
+    out = str(tmp_path / "out")
     assert (tmp_path / "out" / "own.py").is_file()
+    marker.unlink()
+    write = ["generate", out, "--prompt", "The cat", "--max_new_tokens", "2"]
+    for command in (write, ["export", out, str(tmp_path / "exported")]):
+        assert cli(command) == 1
+        assert f"checkpoint={out}: is made by Python code of its own" in capsys.readouterr().err
+    assert not marker.exists()
+    assert cli([*write, "--trust_remote_code", "true"]) == 0, capsys.readouterr().err
+    assert marker.exists()
 
 
 def test_a_hub_id_offline_is_told_apart_from_a_folder(tmp_path, capsys):
@@ -239,6 +260,22 @@ def test_a_hub_id_offline_is_told_apart_from_a_folder(tmp_path, capsys):
     assert "base=nobody/nothing-of-that-name: no such folder here, and the Hub cannot be asked" in said
     assert "give the path of a folder, or go online" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_the_licence_of_a_hub_model_is_fetched_and_copied(base_folder, tmp_path, monkeypatch):
+    hub = shutil.copytree(base_folder("qwen3"), tmp_path / "hub")
+    (hub / "USE_POLICY.md").write_text("be good")
+
+    def snapshot(repo, *, allow_patterns, ignore_patterns):
+        wanted = shutil.copytree(base_folder("qwen3"), tmp_path / "snapshot")
+        names = [path.name for path in hub.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copyfile(hub / name, wanted / name)
+        return str(wanted)
+
+    monkeypatch.setattr(source, "snapshot_download", snapshot)
+    out = convert("somebody/model", tmp_path / "out", verify=False)
+    assert (out / "USE_POLICY.md").read_text() == "be good"
 
 
 def test_a_link_does_not_bring_a_stranger_s_file_into_the_checkpoint(base_folder, tmp_path):
