@@ -99,7 +99,7 @@ def convert(
         source, revision = sources.fetch(base, scratch, trust_remote_code=trust_remote_code)
         # 1. Everything that can be refused before weights are copied.
         config = sources.read_config(source, base, trust_remote_code=trust_remote_code)
-        _check_base(config, base)
+        check_architecture(config, base)
         if adapter is not None:
             source = adapters.merge_folder(source, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
         shards = read_shards(source)
@@ -168,7 +168,8 @@ def _check_weights_settings(dtype: str | None, pad_to_multiple_of: int | None, m
         raise ValueError(f"mask_init_std={mask_init_std}: must be from 0 to 1; try 0.02")
 
 
-def _check_base(config: PretrainedConfig, base: str | Path) -> None:
+def check_architecture(config: PretrainedConfig, base: str | Path) -> None:
+    """ValueError for what its config shows cannot be adapted: an encoder-decoder, several inputs, layers without attention."""
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted"

@@ -41,7 +41,6 @@ from .pieces import with_masks
 from .shape_model import FLASH, without_data
 from .tape import Tape, repeated
 
-_ROWS_PER_GATHER = 2048  # trainer.ROWS_PER_GATHER; importing the trainer would double the time that a plan takes
 _DRAWS = 4  # micro-batches whose noise is drawn, of which the one with most noised tokens counts
 
 
@@ -99,7 +98,7 @@ def trace(recipe: Recipe, model: Any, *, micro_batch: int, kernel: str, stage: i
                 pieces=batch["pieces"],
                 right_window=canvases.seq_len if layout is not None and recipe.objective.anneal_steps else None,
                 terms=_terms(recipe, canvases, batch, teacher, layout is not None),
-                num_chunks=-(-micro_batch * recipe.data.seq_len // _ROWS_PER_GATHER),
+                num_chunks=-(-micro_batch * recipe.data.seq_len // objective.ROWS_PER_GATHER),
                 router_weight=1.0,
             )
         tape.mark("backward")

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2**28  # n x V of a chunk: 0.5 GB in bfloat16
+ROWS_PER_GATHER = 2048  # under ZeRO-3, where each chunk gathers the head's weights
 SLICE_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # of a slice of it: what stays in a CPU's cache; enough to fill a GPU
 
 # (logits [n, V] in float32, tensors of the rows [n, ...]) -> (loss of each row [n], for the log its -log p or bound [n], or that

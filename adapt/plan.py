@@ -25,6 +25,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .arguments import CommandParser
 from .checkpoint import DiffusionSpec, check_model_folder
 from .config import Recipe
+from .conversion import check_architecture
 from .footprint import Timeline, trace
 from .prepare import attention_kernel
 from .shape_model import shape_model
@@ -102,12 +103,19 @@ def model_config(recipe: Recipe, path: Path | None) -> PretrainedConfig:
     if path is None:
         check_model_folder(base, "model.base")
     try:
-        return AutoConfig.from_pretrained(base if path is None else path)
-    except OSError as error:
+        config = AutoConfig.from_pretrained(base if path is None else path)
+    except (OSError, ValueError) as error:
+        if path is not None:
+            raise ValueError(
+                f"model_config={path}: is no model's config.json; give one, such as recipes/qwen3-0.6b/config.json"
+            ) from error
         raise ValueError(
             f"model.base={base}: its config.json cannot be had here; give one with --model_config, such as "
             "recipes/qwen3-0.6b/config.json"
         ) from error
+    if recipe.objective.name != "ar":
+        check_architecture(config, base)  # a plan for what conversion refuses would be of no use
+    return config
 
 
 def resolved(recipe: Recipe, config: PretrainedConfig) -> Recipe:

@@ -42,7 +42,7 @@ from .guard import StepGuard, Terminated, failures_name_the_checkpoint, start_wo
 from .hybrid_noise import hybrid_loss
 from .metrics import MetricsFile, Progress, RunningMetrics
 from .model import Term
-from .objective import RowLoss, cross_entropy, diffusion_loss
+from .objective import ROWS_PER_GATHER, RowLoss, cross_entropy, diffusion_loss
 from .prepare import check_base, diffusion_checkpoint, prepared
 from .resume import newest_checkpoint, remove_unfinished, whole_checkpoints
 from .rows import check_curriculum, packed_rows, summary, that_fit
@@ -51,7 +51,6 @@ from .trackers import RecipeInTrackers
 from .universal import read_on_any_ranks
 from .watch import Samples, sample_prompt
 
-ROWS_PER_GATHER = 2048  # of the head under ZeRO-3, where each chunk gathers its weights
 _CAUSAL = DiffusionSpec(
     attention="prefix", mask_token_id=-1
 )  # for objective.name=ar, which lays no canvas and draws no noise

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import adapt
-from adapt.conversion import _check_base
+from adapt.conversion import check_architecture
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 REASONS = {
@@ -89,7 +89,7 @@ def try_one(model_type: str, scratch: Path) -> Outcome:
         config, obstacle = _plain_config(model_type), error
     try:
         if config is not None:
-            _check_base(config, model_type)
+            check_architecture(config, model_type)
     except ValueError as error:
         return Outcome(model_type, name, "refused", _reason(error, model_type))
     if config is not None and obstacle is None:

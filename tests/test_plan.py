@@ -168,6 +168,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
 
 def write(folder: Path) -> Path:
     CONFIG.save_pretrained(folder)
+    (folder / "t5.json").write_text('{"model_type": "t5"}')
     LlamaConfig(**CONFIG.to_diff_dict() | {"attention_dropout": 0.1}).save_pretrained(folder / "dropout")
     (folder / "recipe.yaml").write_text(
         "model: {base: owner/name, attention: block, block_size: 8}\ndata: {train: x.jsonl, seq_len: 64}\n"
@@ -198,6 +199,8 @@ def test_the_command_prints_every_stage_tokens_and_time(tmp_path: Path, capsys: 
         (["--gpu_memory", "-1"], "gpu_memory=-1.0: must be above 0"),
         (["--train_tokens", "1e9"], "needs --tokens_per_s or --benchmark"),
         (["--model_config", "nowhere.json"], "model_config=nowhere.json: no such file"),
+        (["--model_config", "recipe.yaml"], "model_config=recipe.yaml: is no model's config.json; give one, such as"),
+        (["--model_config", "t5.json"], "base=owner/name: is an encoder-decoder"),
         (["--training.optimizer", "adafactor"], "training.optimizer=adafactor: its memory is not known here"),
         (
             ["--model_config", "dropout/config.json", "--model.attn_implementation", "flex_attention"],
