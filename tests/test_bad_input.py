@@ -111,7 +111,7 @@ CASES = {
     "empty canvas": ({"data__canvas_length": 0}, None, "data.canvas_length=0: must be at least 1"),
     "no base": ({"model__base": "./none"}, 1, "model.base=./none: no such folder; give"),
     "base is no model": ({"model__base": "./not-a-model"}, 1, "model.base=./not-a-model: not a model folder"),
-    "base is broken": ({"model__base": "./broken"}, 1, "broken/config.json: not valid JSON"),
+    "base is broken": ({"model__base": "./broken"}, 1, "broken: config.json is not valid JSON"),
     "ar base is no model": ({"model__base": "./none", "objective__name": "ar"}, 1, "model.base=./none: no such folder"),
     "finished run": (
         {"training__output_dir": "finished"},
