@@ -19,6 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from . import staging
+
 COMPLETE = "COMPLETE"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _THREADS = 4  # hashlib frees the GIL; one thread hashes 1.4 GB/s with SHA instructions, so a disk sets the pace, not we
@@ -45,7 +47,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         beside.rename(folder / COMPLETE)
         for directory in (folder, folder.parent):
-            _sync(directory)
+            staging.sync(directory)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def _hashed(folder: Path, names: Iterable[str], *, sync: bool = False) -> dict[s
 
     def one(name: str) -> dict[str, Any]:
         if sync:
-            _sync(folder / name)
+            staging.sync(folder / name)
         with (folder / name).open("rb") as file:
             return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _sha256(file)}
 
@@ -98,14 +100,6 @@ def _sha256(file) -> str:
     while size := file.readinto(buffer):
         digest.update(memoryview(buffer)[:size])
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _same_listing(folder: Path) -> list[str]:

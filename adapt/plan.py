@@ -219,6 +219,8 @@ def _check(given: Any) -> None:
             raise ValueError(f"{name}={value}: must be above 0")
     if given.benchmark is not None and given.tokens_per_s is not None:
         raise ValueError("benchmark and tokens_per_s: both say how fast it is; give one of them")
+    if given.benchmark is not None and not given.benchmark.is_file():
+        raise ValueError(f"benchmark={given.benchmark}: no such file; give a report of benchmarks/train.py")
     if given.train_tokens is not None and given.benchmark is None and given.tokens_per_s is None:
         raise ValueError(f"train_tokens={given.train_tokens}: a time needs --tokens_per_s or --benchmark too")
 

@@ -78,9 +78,8 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
         )
         _check_edits(model, attention, layout, hidden)
         tokens, _ = _distinct_tokens(model, length)
-        effect = cache(
-            partial(_effect_of_positions, model, tokens, layout, hidden[:1])
-        )  # a forward that bfloat16 never needs
+        # Asked only where rounding does not decide: it is a forward, which bfloat16 never needs.
+        effect = cache(partial(_effect_of_positions, model, tokens, layout, hidden[:1]))
         _check_order(model, attention, tokens, layout, hidden[:1], effect)
         mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
         _check_causal_mode(model, tokens, effect)

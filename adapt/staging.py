@@ -63,7 +63,7 @@ class Flusher:
         self._pending: list[Future[None]] = []
 
     def add(self, path: Path) -> None:
-        self._pending.append(self._pool.submit(_sync, path))
+        self._pending.append(self._pool.submit(sync, path))
 
     def wait(self) -> None:
         for future in self._pending:
@@ -76,18 +76,19 @@ class Flusher:
 def publish(staged: Path, out: Path) -> None:
     """Gives the folder its name, once what is in it is on disk."""
     for path in staged.rglob("*"):
-        _sync(path)
-    _sync(staged)
+        sync(path)
+    sync(staged)
     try:
         staged.rename(out)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise ValueError(f"out={out}: appeared meanwhile; choose a new folder (nothing was overwritten)") from error
-    _sync(out.parent)
+    sync(out.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

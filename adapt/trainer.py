@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from datasets import disable_progress_bars
 from torch import Tensor
@@ -344,10 +345,20 @@ def main(argv: list[str]) -> int:
     except Terminated as saved:
         if is_main:
             print(f"adapt train: {saved}", file=sys.stderr)
+        _leave_the_ranks()
         return 128 + signal.SIGTERM
     except Exception:
         wait_for_rank_zero()
         raise
     if is_main:
         print(f"{final}", file=sys.stderr)
+    _leave_the_ranks()
     return 0
+
+
+def _leave_the_ranks() -> None:
+    """Ends gloo's threads: one that still runs at the interpreter's exit aborts it now and then, and a finished run would
+    count as a failed one (pytorch/pytorch#190489). After an error they are left: joining them could wait on another rank.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_trainer import losses_so_far
 from training_fixtures import finish, losses, metrics, recipe_argv, two_ranks, write_base, write_pairs
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt import trainer
 from adapt.config import parse_recipe
+from adapt.guard import Terminated
 
 pytestmark = pytest.mark.distributed
 SETTINGS = {"training__num_steps": 16, "training__save_steps": 3}
@@ -75,6 +77,22 @@ def test_zero2_on_two_ranks_has_the_curve_of_one_and_survives_sigkill_to_the_bit
     assert losses(folder / "killed") == losses(folder / "zero2")
     found, want = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "zero2"))
     assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("terminated", [False, True], ids=["finished", "terminated"])
+def test_the_command_leaves_no_process_group_whose_threads_could_abort_the_exit(
+    folder, monkeypatch, terminated
+) -> None:
+    def stands_for_training(recipe) -> Path:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if terminated:
+            raise Terminated("SIGTERM: saved")
+        return folder / "model"
+
+    monkeypatch.setattr(trainer, "train", stands_for_training)
+    code = trainer.main(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "left"))
+    assert code == (143 if terminated else 0)
+    assert not dist.is_initialized()
 
 
 def test_zero3_on_two_ranks_has_the_curve_of_one_and_leaves_whole_weights(launch, folder, one_rank) -> None:

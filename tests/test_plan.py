@@ -207,6 +207,7 @@ def test_the_command_prints_every_stage_tokens_and_time(tmp_path: Path, capsys: 
             "config.json has attention_dropout=0.1",
         ),
         (["--benchmark", "recipe.yaml"], "not written by benchmarks/train.py"),
+        (["--benchmark", "nowhere.json"], "benchmark=nowhere.json: no such file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
