@@ -37,9 +37,10 @@ from .attention import layer_windows
 from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DTYPES, DiffusionSpec, check_loaded, check_model_folder
 from .mapped import mapped_model
 from .mask_token import add_mask_token, check_whole
+from .model import backbone_of
 from .probe import probe
 from .shards import Shard, read_json, read_shards
-from .staging import Flusher, check_space, publish, scratch_beside
+from .staging import beside, check_space, publish, scratch_beside
 
 _MOST_PADDING = 1 << 16
 
@@ -71,7 +72,7 @@ def convert(
     block_size and clean_context ("causal", the default, or "block") belong to block attention; noise is what it will be trained
     with ("absorbing", "uniform", or "hybrid" with its p_uniform). mask_init_std: of Gaussian noise around that mean, drawn from
     seed. pad_to_multiple_of: rows of the embedding. dtype: default is what the weights are stored in. verify: probe all
-    layers on the written weights, which stay in their files (memory: `mapped.py`). attn_implementation: the kernel of the probe, or
+    layers on the loaded weights, which stay in their files (memory: `mapped.py`). attn_implementation: the kernel of the probe, or
     a function that chooses one for the config. adapter: a PEFT folder that is merged into `base` first.
     Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
     """
@@ -124,25 +125,26 @@ def convert(
         rewrite = dict.fromkeys(embeddings, rows) | per_layer
         for table in per_layer.values():
             config.vocab_size_per_layer_input = table.num_rows
-        options: dict[str, Any] = {
-            "dtype": None if dtype is None else kept,
-            "keep_dtype": _kept_in_float32(skeleton, stored, kept),
-        }
-        check_space(out, weights.size_of_copy(shards, rewrite, **options))
-        # 2. The folder, under another name. What is written goes to disk while the next file is copied, and while it is probed.
         staged = scratch / "checkpoint"
+        copy = weights.Copy(
+            shards,
+            staged,
+            rewrite,
+            dtype=None if dtype is None else kept,
+            keep_dtype=_kept_in_float32(skeleton, stored, kept),
+        )
+        check_space(out, copy.num_bytes)
+        # 2. The folder, under another name.
         staged.mkdir()
-        flusher = Flusher()
-        try:
-            for path in weights.copy(shards, staged, rewrite, **options):
-                flusher.add(path)
-            _write_about(staged, source, config, tokenizer, generation, spec, num_rows, kept, trust_remote_code)
-            # 3. The proof, on what was written.
+        _write_about(staged, source, config, tokenizer, generation, spec, num_rows, kept, trust_remote_code)
+        copy.make_files()
+        with beside(copy.write_rest()) as rest:
+            readable = copy.write_changed()
+            # 3. The proof, while the rest is written: it reads that where it is copied from.
             if verify:
-                _verify(staged, type(skeleton), spec, kept, attn_implementation, trust_remote_code)
-            flusher.wait()
-        finally:
-            flusher.close()
+                _verify(staged, readable, type(skeleton), spec, kept, attn_implementation, trust_remote_code, rest.done)
+            rest.result()
+        copy.check()
         publish(staged, out)
     return out
 
@@ -230,24 +232,30 @@ def _write_about(
 
 def _verify(
     folder: Path,
+    shards: dict[str, Shard],
     model_class: type[PreTrainedModel],
     spec: DiffusionSpec,
     dtype: torch.dtype,
     kernel: str | Callable[[PretrainedConfig], str] | None,
     trust_remote_code: bool,
+    alone: Callable[[], bool],
 ) -> None:
-    """Raises ValueError unless what was written attends as promised, and its tokenizer still knows the mask token."""
+    """Raises ValueError unless the model of these weights attends as promised, and the tokenizer still knows the mask token."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.mask_token_id != spec.mask_token_id:
         raise ValueError(
             f"mask_token={tokenizer.mask_token}: the tokenizer does not keep it when it is saved; choose another"
         )
     check_whole(tokenizer)
-    shards: dict[str, Shard] = read_shards(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kernel = kernel(config) if callable(kernel) else kernel
     options: dict[str, Any] = {"dtype": dtype} | ({} if kernel is None else {"attn_implementation": kernel})
-    with mapped_model(model_class, config, shards, **options) as (model, loading):
+    cores = torch.get_num_threads()  # but one while it is not alone: threads that wait for a core spin
+    with (
+        weights.num_threads(max(1, cores - 1)),
+        mapped_model(model_class, config, shards, **options) as (model, loading),
+    ):
+        backbone_of(model).register_forward_pre_hook(lambda *_: torch.set_num_threads(cores) if alone() else None)
         check_loaded(loading, f"base={spec.base_model}")
         probe(model.eval(), spec.attention, spec.clean_context)
 

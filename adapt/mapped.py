@@ -1,7 +1,7 @@
 """A model whose weights stay in their files: pages are read when a layer needs them, and given back when it is done.
 
 With it a conversion is probed on all of its loaded weights, every layer, within bounded memory. It costs reading the
-weights twice, from the page cache where they fit it. The bound holds for weights that transformers takes as they are stored;
+weights several times, from the page cache where they fit it. The bound holds for weights that transformers takes as they are stored;
 experts that it stacks into one tensor on loading are copied into memory.
 """
 
@@ -57,11 +57,16 @@ def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
 
 
 class _InPieces(torch.autograd.Function):
-    """A linear layer, and the gradient of its input (the probe asks for no other), with `_HELD` bytes of its weight at a time."""
+    """A linear layer, and the gradient of its input (the probe asks for no other), with `_HELD` bytes of its weight at a time.
+
+    The probe asks one token of each row, so past the attention all other tokens have a gradient of zero: they are left out.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, give_back: Callable[[], None]) -> Tensor:
         ctx.weight, ctx.give_back = weight, give_back
+        if len(_pieces(weight)) == 1:
+            return nn.functional.linear(input, weight, bias)
         pieces = []
         for rows in _pieces(weight):
             pieces.append(nn.functional.linear(input, weight[rows], None if bias is None else bias[rows]))
@@ -71,11 +76,16 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = gradients
-        total = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1], dtype=torch.float32)
+        flat = gradient.flatten(0, -2)
+        asked = flat.any(-1)
+        some = flat[asked]
+        total = some.new_zeros(len(some), ctx.weight.shape[1], dtype=torch.float32)
         for rows in _pieces(ctx.weight):
-            total += gradient[..., rows] @ ctx.weight[rows]
+            total += some[:, rows] @ ctx.weight[rows]
             ctx.give_back()
-        return total.to(gradient.dtype), None, None, None
+        whole = gradient.new_zeros(len(flat), ctx.weight.shape[1])
+        whole[asked] = total.to(whole.dtype)
+        return whole.view(*gradient.shape[:-1], -1), None, None, None
 
 
 def _pieces(weight: Tensor) -> list[slice]:
@@ -114,7 +124,7 @@ def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.nbytes > _HELD:
             module.forward = partial(row_by_row, module)
-        elif type(module) is nn.Linear and module.weight.nbytes > _HELD:
+        elif type(module) is nn.Linear:
             module.forward = partial(in_pieces, module)
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_hook(used)

@@ -45,15 +45,17 @@ _CANNOT = (
     ValueError,
 )
 
-_DOCUMENTS = [1] * 9 + [2] * 5 + [PADDING_DOCUMENT] * 2
-_POSITIONS = [*range(9), *range(5), 0, 1]
-_PREFIX_VIEWS = [0] * 4 + [1] * 5 + [0] * 2 + [1] * 3 + [0] * 2
+_FIRST = 6  # tokens of the first document: two windows of SPAN, so that it reaches beyond one
+_DOCUMENTS = [1] * _FIRST + [2] * 4 + [PADDING_DOCUMENT]
+_POSITIONS = [*range(_FIRST), *range(4), 0]
+_VIEWS = {"prefix": [0] * 3 + [1] * 3 + [0] * 2 + [1] * 2 + [0], "causal": [0] * 11}
 # Blocks of two: the clean copy of four (or two) tokens, then noised blocks at positions 2 and 4 that see what is before them.
-_BLOCK_VIEWS = [0] * 4 + [1] * 2 + [2] * 3 + [0] * 2 + [1] * 3 + [0] * 2
-_BLOCK_POSITIONS = [0, 1, 2, 3, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 0, 1]
+_BLOCK_DOCUMENTS = [1] * 8 + [2] * 4 + [PADDING_DOCUMENT]
+_BLOCK_VIEWS = [0] * 4 + [1] * 2 + [2] * 2 + [0] * 2 + [1] * 2 + [0]
+_BLOCK_POSITIONS = [0, 1, 2, 3, 2, 3, 4, 5, 0, 1, 2, 3, 0]
 _BLOCK_SEES = {
-    "block": [2, 2, 4, 4, 2, 2, 4, 4, 4, 2, 2, 2, 2, 2, 1, 2],
-    "causal": [1, 2, 3, 4, 2, 2, 4, 4, 4, 1, 2, 2, 2, 2, 1, 2],
+    "block": [2, 2, 4, 4, 2, 2, 4, 4, 2, 2, 2, 2, 1],
+    "causal": [1, 2, 3, 4, 2, 2, 4, 4, 1, 2, 2, 2, 1],
 }
 
 
@@ -80,9 +82,9 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
         tokens, _ = _distinct_tokens(model, length)
         # Asked only where rounding does not decide: it is a forward, which bfloat16 never needs.
         effect = cache(partial(_effect_of_positions, model, tokens, layout, hidden[:1]))
-        _check_order(model, attention, tokens, layout, hidden[:1], effect)
+        causal_hidden = _check_order(model, attention, tokens, layout, hidden[:1], effect)
         mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
-        _check_causal_mode(model, tokens, effect)
+        _check_causal_mode(model, tokens, causal_hidden, effect)
     return mask_free
 
 
@@ -98,10 +100,9 @@ def _evaluated(model: PreTrainedModel) -> Iterator[None]:
 
 def _layout(attention: str, clean_context: str | None, device: torch.device) -> Layout:
     """The row, [1, L]."""
-    views = {"block": _BLOCK_VIEWS, "causal": [0] * len(_DOCUMENTS), "prefix": _PREFIX_VIEWS}
-    parts: list[list[int]] = [_DOCUMENTS, views.get(attention, [1] * len(_DOCUMENTS)), _POSITIONS]
+    parts: list[list[int]] = [_DOCUMENTS, _VIEWS.get(attention, [1] * len(_DOCUMENTS)), _POSITIONS]
     if attention == "block":
-        parts[2:] = [_BLOCK_POSITIONS, _BLOCK_SEES[clean_context or "causal"]]
+        parts = [_BLOCK_DOCUMENTS, _BLOCK_VIEWS, _BLOCK_POSITIONS, _BLOCK_SEES[clean_context or "causal"]]
     return Layout(*(torch.tensor(part, device=device)[None] for part in parts))
 
 
@@ -116,8 +117,21 @@ def _each(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
     )
 
 
+def _stacked(first: Layout, second: Layout) -> Layout:
+    """Two rows of a kind as the rows of one layout."""
+    lengths = (first.context_lengths, second.context_lengths)
+    return Layout(
+        torch.cat([first.document_ids, second.document_ids]),
+        torch.cat([first.view_ids, second.view_ids]),
+        torch.cat([first.position_ids, second.position_ids]),
+        None if lengths[0] is None or lengths[1] is None else torch.cat([lengths[0], lengths[1]]),
+    )
+
+
 def _distinct_tokens(model: PreTrainedModel, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """`length` tokens and another for each, no two with one embedding (rows never trained are often alike)."""
+    """`length` tokens and another for each, no two with one embedding (rows never trained are often alike); the mask token first
+    among the others, where the config names it.
+    """
     embedding: Any = model.get_input_embeddings()  # asked as a module: its weights may be in a file (`mapped.py`)
     candidates = torch.randperm(len(embedding.weight), generator=torch.Generator().manual_seed(seed))[: 64 * length]
     _, kinds = torch.unique(embedding(candidates.to(embedding.weight.device)), dim=0, return_inverse=True)
@@ -129,7 +143,10 @@ def _distinct_tokens(model: PreTrainedModel, length: int, seed: int = 0) -> tupl
     # Kinds are in lexicographic order: far apart there, so that no two are alike but for rounding.
     chosen = [(kinds == kind).nonzero()[0] for kind in torch.linspace(0, num_kinds - 1, 2 * length).long().tolist()]
     picked = candidates[torch.cat(chosen).cpu()].to(model.device)
-    return picked[:length], picked[length:]
+    others = picked[length:]
+    if section := getattr(model.config, "diffusion", None):
+        others[0] = section["mask_token_id"]
+    return picked[:length], others
 
 
 def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout | None, dense: bool = False) -> Tensor:
@@ -261,25 +278,28 @@ def _is_rounding(model: PreTrainedModel, difference: float, effect: Callable[[],
 
 def _check_order(
     model: PreTrainedModel, attention: str, tokens: Tensor, layout: Layout, hidden: Tensor, effect: Callable[[], float]
-) -> None:
+) -> Tensor:
+    """Returns the first document's hidden states under our causal mask: of the same forward, as each reads all weights."""
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
     elsewhere = _each(layout, lambda x: x[:, order])
-    shuffled = _forward(model, tokens[None, order], elsewhere, dense=True)
-    difference = _difference(shuffled, hidden[:, order], elsewhere)
+    one_text = (torch.arange(len(tokens), device=tokens.device) < _FIRST)[None]
+    causal = Layout.of("prefix", one_text, num_prompt_tokens=len(tokens))
+    before = None if elsewhere.context_lengths is None else causal.position_ids + 1
+    causal = Layout(causal.document_ids, causal.view_ids, causal.position_ids, before)
+    both = _forward(model, torch.stack([tokens[order], tokens]), _stacked(elsewhere, causal), dense=True)
+    difference = _difference(both[:1], hidden[:, order], elsewhere)
     if not _is_rounding(model, difference, effect):
         raise ValueError(
             f"base={type(model).__name__}: goes by the column in which a token stands and not by the position that it is "
             f"given (shuffled columns change it by {difference:.0e}), so packed documents and {attention} attention would "
             "mislead it (ALiBi, positions counted from the mask, convolutions); choose another base model"
         )
+    return both[1:, :_FIRST]
 
 
-def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, effect: Callable[[], float]) -> None:
-    first = _DOCUMENTS.count(1)
-    one_text = torch.ones(1, first, dtype=torch.long, device=tokens.device)
-    ours = _forward(model, tokens[None, :first], Layout.of("prefix", one_text, num_prompt_tokens=first))
+def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, ours: Tensor, effect: Callable[[], float]) -> None:
     with _as_causal(model):
-        plain, logits = _plain(model, tokens[None, :first])
+        plain, logits = _plain(model, tokens[None, :_FIRST])
     difference = _difference(ours, plain.float())
     if not _is_rounding(model, difference, effect):
         raise ValueError(
@@ -323,21 +343,20 @@ def _has_gradients(model: PreTrainedModel) -> bool:
 
 
 def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: Tensor) -> bool:
-    first = _DOCUMENTS.count(1)
-    text = tokens[None, :first]
+    text = tokens[None, :_FIRST]
     plain: list[Tensor] = []
 
     def forward() -> None:
-        plain.append(_forward(model, text.expand(first, -1), None).detach())
+        plain.append(_forward(model, text.expand(_FIRST, -1), None).detach())
 
     if _has_gradients(model):
         promised = _promised(model, Layout.of("bidirectional", torch.ones_like(text)))
-        sights = layer_sight(model, backbone_of(model), forward, first)
+        sights = layer_sight(model, backbone_of(model), forward, _FIRST)
         agrees = all(torch.equal(sight.sees, promised[sight.index]) for sight in sights)
     else:
         forward()
         agrees = True
-    expected = masked_hidden[:1, :first]
+    expected = masked_hidden[:1, :_FIRST]
     agrees &= bool((plain[0][:1] - expected).abs().amax() <= _tolerance(model) * expected.abs().amax())
     if not agrees:
         logger.warning(

@@ -24,9 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .shards import DTYPES, INDEX, SINGLE, Shard
+from .shards import DTYPES, INDEX, SINGLE, Shard, read_shards
+from .staging import Written
 
 _CHUNK = 4 << 20  # bytes
+_PIECE = 16 << 20  # bytes that the kernel copies in one call
+_END = 4096  # bytes
 _FLOATING = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _NAMES = {dtype: name for name, dtype in _FLOATING.items()}
 
@@ -101,67 +104,150 @@ def stored_dtype(shards: Mapping[str, Shard]) -> torch.dtype:
     return _FLOATING[most]
 
 
-def size_of_copy(
-    shards: Mapping[str, Shard],
-    rewrite: Mapping[str, NewRows],
-    *,
-    dtype: torch.dtype | None = None,
-    keep_dtype: Collection[str] = (),
-) -> int:
-    """Bytes of the tensors that `copy` would write with the same arguments."""
-    plans = (_planned(shard, rewrite, dtype, keep_dtype) for shard in shards.values())
-    return sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for plan in plans for tensor in plan.values())
+class Copy:
+    """The weights of `shards`, as they will stand in the folder `out`.
 
-
-def copy(
-    shards: Mapping[str, Shard],
-    out: Path,
-    rewrite: Mapping[str, NewRows],
-    *,
-    dtype: torch.dtype | None = None,
-    keep_dtype: Collection[str] = (),
-) -> Iterator[Path]:
-    """Writes the shards, and then their index, into the folder `out`; yields each file when it is written.
-
-    rewrite: by tensor name. dtype: floating tensors are cast to it, but for those named in keep_dtype. ValueError for
-    embeddings with NaN or infinity in them, and for weights that do not fit into float16.
+    rewrite: embeddings by name. dtype: floating tensors are cast to it, but for those named in keep_dtype. After `make_files`, what
+    differs from the source (`write_changed`) and what does not (`write_rest`) can be written side by side.
     """
-    total_size, total_parameters = 0, 0
-    for name, shard in tqdm(shards.items(), desc="weights", unit="shard", disable=None):
-        plan = _planned(shard, rewrite, dtype, keep_dtype)
-        if plan == shard.tensors and not rewrite.keys() & plan.keys():
-            with shard.path.open("rb") as read, (out / name).open("wb") as write:
-                _copy_bytes(read, write, 0, shard.path.stat().st_size)
-        else:
-            with _one_thread():
-                _write_shard(shard, out / name, plan, rewrite)
-        if hasattr(os, "posix_fadvise"):  # so that the copy stays in memory for the probe where both do not fit
-            with shard.path.open("rb") as read:
-                os.posix_fadvise(read.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        total_size += max(tensor["data_offsets"][1] for tensor in plan.values())
-        total_parameters += sum(math.prod(tensor["shape"]) for tensor in plan.values())
-        yield out / name
-    if SINGLE not in shards:
-        source = next(iter(shards.values())).path.parent
+
+    def __init__(
+        self,
+        shards: Mapping[str, Shard],
+        out: Path,
+        rewrite: Mapping[str, NewRows],
+        *,
+        dtype: torch.dtype | None = None,
+        keep_dtype: Collection[str] = (),
+    ) -> None:
+        self._shards, self._out, self._rewrite = shards, out, rewrite
+        self._plans = {name: _planned(shard, rewrite, dtype, keep_dtype) for name, shard in shards.items()}
+        self._changed = {
+            name: {t for t in plan if t in rewrite or plan[t]["dtype"] != shards[name].tensors[t]["dtype"]}
+            for name, plan in self._plans.items()
+        }
+        self._headers = {name: _header(shards[name].metadata, plan) for name, plan in self._plans.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(_data_bytes(plan) for plan in self._plans.values())
+
+    def make_files(self) -> None:
+        """Those that differ from the source: a header, and holes for the tensors."""
+        for name, plan in self._plans.items():
+            if self._changed[name]:
+                with (self._out / name).open("wb") as file:
+                    file.write(self._headers[name])
+                    file.truncate(len(self._headers[name]) + _data_bytes(plan))
+
+    def write_changed(self) -> dict[str, Shard]:
+        """Returns where each tensor can be read then: here, or, as it is not changed, in the source.
+
+        Raises ValueError for embeddings with NaN or infinity in them, and for weights that do not fit into float16.
+        """
+        readable: dict[str, Shard] = {}
+        for name, shard in self._shards.items():
+            kept = {t: about for t, about in shard.tensors.items() if t not in self._changed[name]}
+            if kept:
+                readable[f"{name} of the source"] = replace(shard, tensors=kept)
+            if not self._changed[name]:
+                continue
+            header, plan = self._headers[name], self._plans[name]
+            with (
+                shard.path.open("rb", buffering=0) as read,
+                (self._out / name).open("r+b", buffering=0) as write,
+                num_threads(1),  # pieces are too small to share: threads waited three times as long as they worked
+            ):
+                for tensor in sorted(self._changed[name], key=lambda t: plan[t]["data_offsets"]):
+                    read.seek(shard.start + shard.tensors[tensor]["data_offsets"][0])
+                    write.seek(len(header) + plan[tensor]["data_offsets"][0])
+                    rows = self._rewrite.get(tensor)
+                    _rewrite_tensor(read, write, tensor, shard.tensors[tensor], plan[tensor], rows)
+            changed = {t: plan[t] for t in plan if t in self._changed[name]}
+            readable[name] = Shard(self._out / name, changed, None, len(header))
+        return readable
+
+    def write_rest(self) -> Iterator[Written]:
+        """Copies what is as in the source, and writes the index; yields every piece of a file, and the file when it is whole."""
+        for name, shard in tqdm(self._shards.items(), desc="weights", unit="shard", disable=None):
+            path, changed = self._out / name, self._changed[name]
+            with (
+                shard.path.open("rb", buffering=0) as read,
+                path.open("r+b" if changed else "wb", buffering=0) as write,
+            ):
+                if not changed:
+                    for at, size in _copy_bytes(read, write, 0, 0, shard.path.stat().st_size):
+                        yield Written(path, at, size)
+                for tensor, about in self._plans[name].items() if changed else ():
+                    if tensor not in changed:
+                        start, end = shard.tensors[tensor]["data_offsets"]
+                        first = len(self._headers[name]) + about["data_offsets"][0]
+                        for at, size in _copy_bytes(read, write, shard.start + start, first, end - start):
+                            yield Written(path, at, size)
+            yield Written(path)
+        if SINGLE not in self._shards:
+            yield Written(self._write_index())
+
+    def _write_index(self) -> Path:
+        source = next(iter(self._shards.values())).path.parent
         index = json.loads((source / INDEX).read_text())
         about = index.get("metadata")
         about = dict(about) if isinstance(about, dict) else {}
         if "total_parameters" in about:
-            about["total_parameters"] = total_parameters
-        index["metadata"] = {**about, "total_size": total_size}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        yield out / INDEX
+            shapes = (tensor["shape"] for plan in self._plans.values() for tensor in plan.values())
+            about["total_parameters"] = sum(math.prod(shape) for shape in shapes)
+        index["metadata"] = {**about, "total_size": self.num_bytes}
+        (self._out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        return self._out / INDEX
+
+    def check(self) -> None:
+        """Raises ValueError unless every file has the header that it should, and where it says so the ends of what was copied."""
+        for name, written in read_shards(self._out).items():
+            source, changed = self._shards[name], self._changed[name]
+            if written.tensors != (self._plans[name] if changed else source.tensors):
+                raise ValueError(
+                    f"base={source.path}: {written.path.name} was not written as planned; is something writing to it?"
+                )
+            with source.path.open("rb") as theirs, written.path.open("rb") as ours:
+                for tensor in source.tensors.keys() - changed:
+                    if _ends(theirs, source, tensor) != _ends(ours, written, tensor):
+                        raise ValueError(
+                            f"base={source.path}: {tensor} was not copied as it is; is something writing to it?"
+                        )
+
+
+def _ends(file: io.BufferedIOBase, shard: Shard, tensor: str) -> tuple[bytes, bytes]:
+    """The first and the last bytes of a tensor, `_END` or all."""
+    start, end = (shard.start + offset for offset in shard.tensors[tensor]["data_offsets"])
+    size = min(_END, end - start)
+
+    def at(place: int) -> bytes:
+        file.seek(place)
+        return file.read(size)
+
+    return at(start), at(end - size)
+
+
+def _data_bytes(plan: Mapping[str, dict[str, Any]]) -> int:
+    return max(tensor["data_offsets"][1] for tensor in plan.values())
+
+
+def _header(metadata: dict[str, str] | None, plan: dict[str, dict[str, Any]]) -> bytes:
+    encoded = json.dumps(({"__metadata__": metadata} if metadata else {}) | plan, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Pieces are too small to share: on a busy machine the threads waited for each other three times as long as they worked."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def num_threads(number: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _planned(
@@ -184,21 +270,6 @@ def _planned(
         plan[name] = {**tensor, "data_offsets": [position, position + size]}
         position += size
     return plan
-
-
-def _write_shard(shard: Shard, out: Path, plan: dict[str, dict[str, Any]], rewrite: Mapping[str, NewRows]) -> None:
-    header = ({"__metadata__": shard.metadata} if shard.metadata else {}) | plan
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
-    with shard.path.open("rb", buffering=0) as read, out.open("wb", buffering=0) as write:
-        write.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, tensor in plan.items():
-            start, end = shard.tensors[name]["data_offsets"]
-            if name in rewrite or tensor["dtype"] != shard.tensors[name]["dtype"]:
-                read.seek(shard.start + start)
-                _rewrite_tensor(read, write, name, shard.tensors[name], tensor, rewrite.get(name))
-            else:
-                _copy_bytes(read, write, shard.start + start, end - start)
 
 
 def _rewrite_tensor(
@@ -266,35 +337,33 @@ def _write_all(write: io.RawIOBase | io.BufferedIOBase, data: memoryview) -> Non
         data = data[write.write(data) :]
 
 
-def _copy_bytes(read, write, start: int, size: int) -> None:
-    """`size` bytes of `read` from `start` to where `write` stands, inside the kernel where that can be done."""
-    write.flush()
-    done = 0
-    while done < size:
+def _copy_bytes(read: io.FileIO, write: io.FileIO, start: int, at: int, size: int) -> Iterator[tuple[int, int]]:
+    """`size` bytes of `read` from `start` to `at` of `write`, inside the kernel where that can be done: (where, size) of each piece."""
+    end = start + size
+    while start < end:
         try:
             step = os.copy_file_range(
-                read.fileno(), write.fileno(), min(size - done, 64 << 20), offset_src=start + done
+                read.fileno(), write.fileno(), min(end - start, _PIECE), offset_src=start, offset_dst=at
             )
         except (AttributeError, OSError) as error:  # not on macOS, nor between some filesystems
-            if done or getattr(error, "errno", errno.ENOSYS) not in _NO_KERNEL_COPY:
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_KERNEL_COPY:
                 raise
-            return _copy_bytes_by_hand(read, write, start, size)
+            step = _copy_by_hand(read, write, start, at, min(end - start, _CHUNK))
         if not step:
             raise _became_shorter(read)
-        done += step
+        yield at, step
+        start, at = start + step, at + step
 
 
 _NO_KERNEL_COPY = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EBADF, errno.EPERM}
 
 
-def _copy_bytes_by_hand(read, write, start: int, size: int) -> None:
+def _copy_by_hand(read: io.FileIO, write: io.FileIO, start: int, at: int, size: int) -> int:
     read.seek(start)
-    while size > 0:
-        piece = read.read(min(_CHUNK, size))
-        if not piece:
-            raise _became_shorter(read)
-        _write_all(write, memoryview(piece))
-        size -= len(piece)
+    write.seek(at)
+    piece = read.read(size)
+    _write_all(write, memoryview(piece))
+    return len(piece)
 
 
 def _became_shorter(read) -> ValueError:

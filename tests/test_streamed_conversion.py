@@ -83,22 +83,39 @@ def test_a_model_whose_pages_are_given_back_computes_what_a_loaded_one_does(base
             torch.testing.assert_close(model(tokens).logits, loaded(tokens).logits)
 
 
-def test_the_proof_is_of_every_layer_of_the_written_weights(base_folder, tmp_path, monkeypatch):
-    """A conversion that broke the last layer would be noticed."""
+_LAST = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_the_proof_is_of_every_layer_of_the_loaded_weights(base_folder, tmp_path):
+    base = shutil.copytree(base_folder("llama"), tmp_path / "base")
+    path = base / json.loads((base / shards.INDEX).read_text())["weight_map"][_LAST]
+    tensors = load_file(path)
+    tensors[_LAST][-1, -1] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        convert(base, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["in the kernel", "by hand"])
+@pytest.mark.parametrize("shift", [0, 64, -64], ids=["right", "late", "early"])
+def test_a_copy_that_does_not_stand_where_its_header_says_is_noticed(
+    base_folder, tmp_path, monkeypatch, shift, by_hand
+):
     plain = weights._copy_bytes
-    last = json.loads((base_folder("llama") / shards.INDEX).read_text())["weight_map"][
-        "model.layers.1.mlp.up_proj.weight"
-    ]
 
-    def breaking(read, write, start, size):
-        plain(read, write, start, size)
-        if Path(write.name).name == last:
-            write.seek(-64, 1)
-            write.write(b"\xff" * 64)  # NaN
+    def shifted(read, write, start, at, size):
+        return plain(read, write, start, at + shift, size)
 
-    monkeypatch.setattr(weights, "_copy_bytes", breaking)
-    with pytest.raises(ValueError, match=r"NaN or infinity|probe failed"):
-        convert(base_folder("llama"), tmp_path / "out")
+    monkeypatch.setattr(weights, "_copy_bytes", shifted)
+    if by_hand:
+        monkeypatch.delattr(os, "copy_file_range")
+    if not shift:
+        before, after = _weights(base_folder("qwen3")), _weights(convert(base_folder("qwen3"), tmp_path / "out"))
+        assert all(torch.equal(after[name], old) for name, old in before.items() if "embed" not in name)
+        return
+    with pytest.raises(ValueError, match=r"was not copied as it is|cut short or damaged"):
+        convert(base_folder("qwen3"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
