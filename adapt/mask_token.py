@@ -31,19 +31,20 @@ _FURTHEST = 4096  # rows beyond the embedding; an added token with the id 10**9 
 def add_mask_token(tokenizer: Any, num_rows: int, wanted: str | None, taken: frozenset[int]) -> tuple[int, int]:
     """(id of the mask token, rows that the embedding needs), having put the token into the tokenizer.
 
-    wanted: the token; default is the tokenizer's own mask token, else the last reserved one, else a new `<|mask|>`.
+    wanted: the token; default is the tokenizer's own mask token, else the last reserved one with a row, else a new `<|mask|>`.
     taken: ids that mean something else (end of text, padding), which the config and generation_config know of.
     Raises ValueError for a token that occurs in text, that the chat template writes, or that the tokenizer splits.
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     # What has a role in the base is not unused, whatever it is called.
     roles = {*taken, *(getattr(tokenizer, f"{name}_token_id") for name in _ROLES)}
-    reserved = sorted(
-        (token for token in added if _RESERVED.fullmatch(token) and vocabulary[token] not in roles),
-        key=vocabulary.__getitem__,
-    )
+    reserved = {
+        vocabulary[token]: token for token in added if _RESERVED.fullmatch(token) and vocabulary[token] not in roles
+    }
+    # The last that has a row already, else the one that needs the fewest.
+    best = max((i for i in reserved if i < num_rows), default=min(reserved, default=None))
     own = tokenizer.mask_token
-    mask_token = wanted if wanted is not None else own or [DEFAULT_MASK_TOKEN, *reserved][-1]
+    mask_token = wanted if wanted is not None else own or reserved.get(best, DEFAULT_MASK_TOKEN)
     is_ordinary = mask_token in vocabulary and mask_token not in added
     if is_ordinary or not re.search(r"[^\w\s.,;:!?'\"()-]", mask_token):
         raise ValueError(f"mask_token={mask_token}: occurs in plain text; choose an unused special token, or a new one")

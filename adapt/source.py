@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .shards import Shard, read_json
+from .staging import is_full_disk
 
 # Without any of them transformers makes an empty tokenizer, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
@@ -66,6 +67,11 @@ def fetch(base: str | Path, scratch: Path, *, trust_remote_code: bool = False) -
             "give the path of a folder, or go online (and unset HF_HUB_OFFLINE) and try again"
         ) from error
     except Exception as error:  # huggingface_hub raises a dozen unrelated types; each means: no such model to be had
+        if is_full_disk(error):
+            raise ValueError(
+                f"base={base}: the disk of the Hub's cache is full ({constants.HF_HUB_CACHE}); free some space there, or move it "
+                "(export HF_HOME=/another/disk)"
+            ) from error
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
             f"base={base}: no such folder here, and the Hub does not give it ({type(error).__name__}: {reason})"

@@ -48,6 +48,14 @@ def test_the_last_reserved_token_of_a_family_is_taken_and_nothing_grows(tokens):
     assert tokenizer.mask_token == tokens[-1]
 
 
+@pytest.mark.parametrize("spare, taken, rows", [(2, 1, 2), (1, 0, 1), (0, 0, 1)], ids=["all", "one", "none"])
+def test_a_reserved_token_with_a_row_comes_before_one_that_needs_a_new_row(spare, taken, rows):
+    """Qwen-like: the tokenizer names more tokens than the embedding has rows."""
+    tokenizer = build_tokenizer("<unused0>", "<unused1>")
+    found = add_mask_token(tokenizer, VOCABULARY + spare, None, frozenset())
+    assert found == (VOCABULARY + taken, VOCABULARY + rows)
+
+
 def test_tokens_in_use_are_not_taken_for_reserved_ones():
     tokenizer = build_tokenizer(*IN_USE)
     rows = VOCABULARY + len(IN_USE)

@@ -1,5 +1,6 @@
 """Conversion in bounded memory: rows, dtypes, padding and metadata right; nothing half-written however it is stopped."""
 
+import errno
 import fcntl
 import json
 import os
@@ -277,6 +278,17 @@ def test_a_hub_id_offline_is_told_apart_from_a_folder(tmp_path, capsys):
     assert "base=nobody/nothing-of-that-name: no such folder here, and the Hub cannot be asked" in said
     assert "give the path of a folder, or go online" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_hub_cache_is_told_apart_from_a_full_disk_of_the_output(tmp_path, monkeypatch, capsys):
+    def snapshot(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(source, "snapshot_download", snapshot)
+    assert cli(["convert", "somebody/model", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "base=somebody/model: the disk of the Hub's cache is full" in said
+    assert "export HF_HOME" in said
 
 
 def test_the_licence_of_a_hub_model_is_fetched_and_copied(base_folder, tmp_path, monkeypatch):
