@@ -35,6 +35,7 @@ from . import source as sources
 from .arguments import CommandParser
 from .attention import layer_windows
 from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DTYPES, DiffusionSpec, check_loaded, check_model_folder
+from .embeddings import NewRows, embedding_names, per_layer_rows
 from .mapped import mapped_model
 from .mask_token import add_mask_token, check_whole
 from .model import backbone_of
@@ -97,56 +98,83 @@ def convert(
     if not str(base).endswith(".gguf"):
         check_model_folder(base, "base")
     with scratch_beside(out) as scratch:
-        source, revision = sources.fetch(base, scratch, trust_remote_code=trust_remote_code)
         # 1. Everything that can be refused before weights are copied.
-        config = sources.read_config(source, base, trust_remote_code=trust_remote_code)
-        check_architecture(config, base)
-        if adapter is not None:
-            source = adapters.merge_folder(source, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
-        shards = read_shards(source)
-        skeleton = sources.skeleton(config, base, shards, trust_remote_code=trust_remote_code)
-        stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
-        embeddings = weights.embedding_names(skeleton, stored)
-        num_stored = stored[embeddings[0]]["shape"][0]
-        if any(stored[name]["shape"][0] != num_stored for name in embeddings):
-            raise ValueError(
-                f"base={base}: {' and '.join(embeddings)} have different numbers of rows; download it again"
-            )
-        tokenizer = sources.read_tokenizer(source, base, num_stored, trust_remote_code=trust_remote_code)
-        generation = _generation_config(source, config, base)
-        ends = _ids(generation.get("eos_token_id")) | _ids(generation.get("pad_token_id")) | _ids(config.eos_token_id)
-        mask_token_id, num_rows = add_mask_token(tokenizer, num_stored, mask_token, frozenset(ends))
+        given = _read_base(base, adapter, scratch, trust_remote_code)
+        config = given.config
+        tokenizer = sources.read_tokenizer(given.folder, base, given.num_rows, trust_remote_code=trust_remote_code)
+        mask_token_id, num_rows = add_mask_token(tokenizer, given.num_rows, mask_token, given.token_ids_in_use())
         num_rows += -num_rows % (pad_to_multiple_of or 1)
-        spec = dataclasses.replace(spec, mask_token_id=mask_token_id, base_revision=revision)
-        stored_as = weights.stored_dtype(shards)
-        kept = stored_as if dtype is None else DTYPES[dtype]
-        rows = weights.NewRows(num_rows, mask_token_id, mask_init_std, seed)
-        per_layer = weights.per_layer_rows(stored, num_stored, rows)
-        rewrite = dict.fromkeys(embeddings, rows) | per_layer
+        spec = dataclasses.replace(spec, mask_token_id=mask_token_id, base_revision=given.revision)
+        rows = NewRows(num_rows, mask_token_id, mask_init_std, seed)
+        per_layer = per_layer_rows(given.stored, given.num_rows, rows)
+        config.vocab_size, config.dtype = num_rows, given.dtype if dtype is None else DTYPES[dtype]
         for table in per_layer.values():
             config.vocab_size_per_layer_input = table.num_rows
         staged = scratch / "checkpoint"
         copy = weights.Copy(
-            shards,
+            given.shards,
             staged,
-            rewrite,
-            dtype=None if dtype is None else kept,
-            keep_dtype=_kept_in_float32(skeleton, stored, kept),
+            dict.fromkeys(given.embeddings, rows) | per_layer,
+            dtype=None if dtype is None else config.dtype,
+            keep_dtype=_kept_in_float32(given.skeleton, given.stored, config.dtype),
         )
         check_space(out, copy.num_bytes)
         # 2. The folder, under another name.
         staged.mkdir()
-        _write_about(staged, source, config, tokenizer, generation, spec, num_rows, kept, trust_remote_code)
+        _write_about(staged, given, tokenizer, spec, trust_remote_code)
         copy.make_files()
         with beside(copy.write_rest()) as rest:
             readable = copy.write_changed()
             # 3. The proof, while the rest is written: it reads that where it is copied from.
             if verify:
-                _verify(staged, readable, type(skeleton), spec, kept, attn_implementation, trust_remote_code, rest.done)
+                _verify(staged, readable, type(given.skeleton), spec, attn_implementation, trust_remote_code, rest.done)
             rest.result()
         copy.check()
         publish(staged, out)
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """What is known of a base before its weights are copied."""
+
+    folder: Path
+    revision: str | None
+    config: PretrainedConfig
+    generation: dict[str, Any]
+    skeleton: PreTrainedModel
+    shards: dict[str, Shard]
+    stored: dict[str, dict[str, Any]]
+    """{tensor name: dtype, shape, data_offsets}, of all shards"""
+    embeddings: list[str]
+    """names of the tensors with a row for each token"""
+    num_rows: int
+    dtype: torch.dtype
+    """of most of the weights"""
+
+    def token_ids_in_use(self) -> frozenset[int]:
+        """Ids that mean the end or padding, which the tokenizer need not know of."""
+        told = [self.generation.get("eos_token_id"), self.generation.get("pad_token_id"), self.config.eos_token_id]
+        return frozenset(i for ids in told for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+
+
+def _read_base(base: str | Path, adapter: Path | None, scratch: Path, trust_remote_code: bool) -> _Base:
+    """ValueError for what cannot be adapted, or is broken."""
+    folder, revision = sources.fetch(base, scratch, trust_remote_code=trust_remote_code)
+    config = sources.read_config(folder, base, trust_remote_code=trust_remote_code)
+    check_architecture(config, base)
+    if adapter is not None:
+        folder = adapters.merge_folder(folder, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
+    shards = read_shards(folder)
+    skeleton = sources.skeleton(config, base, shards, trust_remote_code=trust_remote_code)
+    stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
+    embeddings = embedding_names(skeleton, stored)
+    num_rows = stored[embeddings[0]]["shape"][0]
+    if any(stored[name]["shape"][0] != num_rows for name in embeddings):
+        raise ValueError(f"base={base}: {' and '.join(embeddings)} have different numbers of rows; download it again")
+    generation = _generation_config(folder, config, base)
+    dtype = weights.stored_dtype(shards)
+    return _Base(folder, revision, config, generation, skeleton, shards, stored, embeddings, num_rows, dtype)
 
 
 def _check_attention(attention: str, block_size: int | None, clean_context: str | None) -> None:
@@ -192,10 +220,6 @@ def _generation_config(source: Path, config: PretrainedConfig, base: str | Path)
     return made
 
 
-def _ids(value: object) -> set[int]:
-    return {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
-
-
 def _kept_in_float32(model: PreTrainedModel, stored: dict[str, dict], dtype: torch.dtype) -> set[str]:
     """Tensors that transformers computes in float32 whatever the dtype of the rest, such as a router's bias."""
     parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
@@ -205,29 +229,20 @@ def _kept_in_float32(model: PreTrainedModel, stored: dict[str, dict], dtype: tor
 
 
 def _write_about(
-    out: Path,
-    source: Path,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    generation: dict[str, Any],
-    spec: DiffusionSpec,
-    num_rows: int,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
+    out: Path, base: _Base, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, trust_remote_code: bool
 ) -> None:
     """Config, generation config, tokenizer, licence."""
-    config.vocab_size, config.dtype = num_rows, dtype
+    config = base.config
     if hasattr(config, "mask_token_id"):
         config.mask_token_id = spec.mask_token_id
     spec.write_to(config)
     if not trust_remote_code and hasattr(config, "auto_map"):
         delattr(config, "auto_map")  # its files are not copied
     config.save_pretrained(out)
-    (out / "generation_config.json").write_text(
-        json.dumps({**generation, "mask_token_id": spec.mask_token_id}, indent=2) + "\n"
-    )
+    generation = {**base.generation, "mask_token_id": spec.mask_token_id}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(out)
-    sources.copy_extras(source, out, trust_remote_code=trust_remote_code)
+    sources.copy_extras(base.folder, out, trust_remote_code=trust_remote_code)
 
 
 def _verify(
@@ -235,7 +250,6 @@ def _verify(
     shards: dict[str, Shard],
     model_class: type[PreTrainedModel],
     spec: DiffusionSpec,
-    dtype: torch.dtype,
     kernel: str | Callable[[PretrainedConfig], str] | None,
     trust_remote_code: bool,
     alone: Callable[[], bool],
@@ -249,7 +263,7 @@ def _verify(
     check_whole(tokenizer)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kernel = kernel(config) if callable(kernel) else kernel
-    options: dict[str, Any] = {"dtype": dtype} | ({} if kernel is None else {"attn_implementation": kernel})
+    options: dict[str, Any] = {"dtype": config.dtype} | ({} if kernel is None else {"attn_implementation": kernel})
     cores = torch.get_num_threads()  # but one while it is not alone: threads that wait for a core spin
     with (
         weights.num_threads(max(1, cores - 1)),
