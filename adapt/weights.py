@@ -117,23 +117,25 @@ class Copy:
     def write_rest(self) -> Iterator[Written]:
         """Copies what is as in the source, and writes the index; yields every piece of a file, and the file when it is whole."""
         for name, shard in tqdm(self._shards.items(), desc="weights", unit="shard", disable=None):
-            path, changed = self._out / name, self._changed[name]
-            with (
-                shard.path.open("rb", buffering=0) as read,
-                path.open("r+b" if changed else "wb", buffering=0) as write,
-            ):
-                if not changed:
-                    for at, size in _copy_bytes(read, write, 0, 0, shard.path.stat().st_size):
-                        yield Written(path, at, size)
-                for tensor, about in self._plans[name].items() if changed else ():
-                    if tensor not in changed:
-                        start, end = shard.tensors[tensor]["data_offsets"]
-                        first = len(self._headers[name]) + about["data_offsets"][0]
-                        for at, size in _copy_bytes(read, write, shard.start + start, first, end - start):
-                            yield Written(path, at, size)
+            path, mode = self._out / name, "r+b" if self._changed[name] else "wb"
+            with shard.path.open("rb", buffering=0) as read, path.open(mode, buffering=0) as write:
+                for source, target, size in self._as_they_are(name):
+                    for at, step in _copy_bytes(read, write, source, target, size):
+                        yield Written(path, at, step)
             yield Written(path)
         if SINGLE not in self._shards:
             yield Written(self._write_index())
+
+    def _as_they_are(self, name: str) -> Iterator[tuple[int, int, int]]:
+        """(where in the source's file, where in ours, bytes): all of it, or the tensors that do not change."""
+        shard, changed = self._shards[name], self._changed[name]
+        if not changed:
+            yield 0, 0, shard.path.stat().st_size
+            return
+        for tensor, about in self._plans[name].items():
+            if tensor not in changed:
+                start, end = shard.tensors[tensor]["data_offsets"]
+                yield shard.start + start, len(self._headers[name]) + about["data_offsets"][0], end - start
 
     def _write_index(self) -> Path:
         source = next(iter(self._shards.values())).path.parent
