@@ -136,6 +136,10 @@ def load(
     if adapter is not None:
         model = adapters.merged(model, adapter)
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    if spec.mask_token_id >= (rows := len(model.get_input_embeddings().weight)):  # pyright: ignore[reportArgumentType]
+        raise ValueError(
+            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the embedding has {rows} rows; convert again"
+        )
     # 3. The proof.
     mask_free = probe(model, spec.attention, spec.clean_context) if verify else False
     return DiffusionLM(model, tokenizer, spec, mask_free)

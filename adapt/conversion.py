@@ -7,7 +7,7 @@
     adapt convert ./my-llama out/my-dlm --adapter ./my-lora    # a PEFT adapter merged in (or BASE is its folder)
 
 Weights are copied tensor by tensor; only the mask token's row of the embedding (and of an untied head) is written
-anew. The result is probed with its weights loaded, and appears under OUT only when all of it is there.
+anew. Meanwhile the model is probed with its weights loaded, and OUT appears only when all of it is there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ from .arguments import CommandParser
 from .attention import layer_windows
 from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DTYPES, DiffusionSpec, check_loaded, check_model_folder
 from .embeddings import NewRows, embedding_names, per_layer_rows
+from .flushing import beside
 from .mapped import mapped_model
 from .mask_token import add_mask_token, check_whole
 from .model import backbone_of
 from .probe import probe
 from .shards import Shard, read_json, read_shards
-from .staging import beside, check_space, publish, scratch_beside
+from .staging import check_space, publish, scratch_beside
 
 _MOST_PADDING = 1 << 16
 
@@ -127,9 +129,9 @@ def convert(
             readable = copy.write_changed()
             # 3. The proof, while the rest is written: it reads that where it is copied from.
             if verify:
-                _verify(staged, readable, type(given.skeleton), spec, attn_implementation, trust_remote_code, rest.done)
+                _verify(staged, readable, type(given.skeleton), spec, attn_implementation, trust_remote_code, rest)
             rest.result()
-        copy.check()
+        copy.check(out)
         publish(staged, out)
     return out
 
@@ -252,7 +254,7 @@ def _verify(
     spec: DiffusionSpec,
     kernel: str | Callable[[PretrainedConfig], str] | None,
     trust_remote_code: bool,
-    alone: Callable[[], bool],
+    copying: Future[None],
 ) -> None:
     """Raises ValueError unless the model of these weights attends as promised, and the tokenizer still knows the mask token."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -264,13 +266,21 @@ def _verify(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kernel = kernel(config) if callable(kernel) else kernel
     options: dict[str, Any] = {"dtype": config.dtype} | ({} if kernel is None else {"attn_implementation": kernel})
-    cores = torch.get_num_threads()  # but one while it is not alone: threads that wait for a core spin
+    cores = torch.get_num_threads()
+
+    def all_cores_when_copied(*_: Any) -> None:
+        if copying.done():
+            copying.result()  # a full disk is told now, not after the proof
+            torch.set_num_threads(cores)
+
     with (
-        weights.num_threads(max(1, cores - 1)),
+        weights.num_threads(
+            max(1, cores - 1)
+        ),  # one less while the copy runs: OpenMP threads that wait for a core spin
         mapped_model(model_class, config, shards, **options) as (model, loading),
     ):
-        backbone_of(model).register_forward_pre_hook(lambda *_: torch.set_num_threads(cores) if alone() else None)
         check_loaded(loading, f"base={spec.base_model}")
+        backbone_of(model).register_forward_pre_hook(all_cores_when_copied)
         probe(model.eval(), spec.attention, spec.clean_context)
 
 

@@ -1,13 +1,14 @@
 """A model whose weights stay in their files: pages are read when a layer needs them, and given back when it is done.
 
-With it a conversion is probed on all of its loaded weights, every layer, within bounded memory. It costs reading the
-weights several times, from the page cache where they fit it. The bound holds for weights that transformers takes as they are stored;
-experts that it stacks into one tensor on loading are copied into memory.
+With it a conversion is probed on all of its loaded weights, every layer, within bounded memory. It costs four forwards and a backward
+over the weights, from the page cache where they fit it. The bound holds for weights that transformers takes as they are
+stored; experts that it stacks into one tensor on loading are copied into memory.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -29,12 +30,16 @@ def mapped_model(
 ) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
     """(the model on the weights of these shards, transformers' loading info); usable inside of the `with` only.
 
-    options: of `from_pretrained`, such as dtype and attn_implementation.
+    options: of `from_pretrained`, such as dtype and attn_implementation. Raises ValueError for a file that has become shorter than
+    its header says; one that becomes so later ends the process (SIGBUS), as for every mapped file.
     """
     files: list[mmap.mmap] = []
     weights: dict[str, Tensor] = {}
     for shard in shards.values():
         with shard.path.open("rb") as file:
+            end = shard.start + max(about["data_offsets"][1] for about in shard.tensors.values())
+            if os.fstat(file.fileno()).st_size < end:
+                raise ValueError(f"base={shard.path}: became shorter while it was read; is something writing to it?")
             files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         weights |= {name: _tensor(files[-1], shard.start, about) for name, about in shard.tensors.items()}
     loaded: Any = model_class.from_pretrained(
@@ -43,7 +48,11 @@ def mapped_model(
     model, info = loaded
     del weights, loaded
     _give_back_after_use(model, files)
-    yield model, info
+    try:
+        yield model, info
+    finally:  # a file that is mapped keeps its space on the disk when it is removed, and the model is in reference cycles
+        model.to("meta")
+        files.clear()
 
 
 def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
@@ -76,16 +85,16 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = gradients
-        flat = gradient.flatten(0, -2)
-        asked = flat.any(-1)
-        some = flat[asked]
-        total = some.new_zeros(len(some), ctx.weight.shape[1], dtype=torch.float32)
-        for rows in _pieces(ctx.weight):
-            total += some[:, rows] @ ctx.weight[rows]
+        all_rows = gradient.reshape(-1, gradient.shape[-1])
+        is_asked = all_rows.any(-1)
+        rows = all_rows[is_asked]
+        total = rows.new_zeros(len(rows), ctx.weight.shape[1], dtype=torch.float32)
+        for piece in _pieces(ctx.weight):
+            total += rows[:, piece] @ ctx.weight[piece]
             ctx.give_back()
-        whole = gradient.new_zeros(len(flat), ctx.weight.shape[1])
-        whole[asked] = total.to(whole.dtype)
-        return whole.view(*gradient.shape[:-1], -1), None, None, None
+        of_input = gradient.new_zeros(len(all_rows), ctx.weight.shape[1])
+        of_input[is_asked] = total.to(of_input.dtype)
+        return of_input.view(*gradient.shape[:-1], ctx.weight.shape[1]), None, None, None
 
 
 def _pieces(weight: Tensor) -> list[slice]:
@@ -94,7 +103,7 @@ def _pieces(weight: Tensor) -> list[slice]:
 
 
 def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None:
-    """Hooks on the modules that own weights; what is larger than `_HELD` is computed piece by piece."""
+    """Hooks on the modules that own weights; linear layers are computed by `_InPieces`, large embeddings row by row."""
     held = 0
 
     def give_back() -> None:

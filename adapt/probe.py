@@ -69,9 +69,10 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
         tokens, _ = distinct_tokens(model, length)
         # Asked only where rounding does not decide: it is a forward, which bfloat16 never needs.
         effect = cache(partial(_effect_of_positions, model, tokens, layout, hidden[:1]))
-        causal_hidden = _check_order(model, attention, tokens, layout, hidden[:1], effect)
+        shuffled, causal = _shuffled_and_causal(model, tokens, layout)
+        _check_order(model, attention, layout, shuffled, hidden[:1], effect)
         mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
-        _check_causal_mode(model, tokens, causal_hidden, effect)
+        _check_causal_mode(model, tokens, causal, effect)
     return mask_free
 
 
@@ -191,25 +192,34 @@ def _is_rounding(model: PreTrainedModel, difference: float, effect: Callable[[],
     return difference <= _tolerance(model) and (difference <= rounding or difference <= 0.1 * effect())
 
 
-def _check_order(
-    model: PreTrainedModel, attention: str, tokens: Tensor, layout: Layout, hidden: Tensor, effect: Callable[[], float]
-) -> Tensor:
-    """Returns the first document's hidden states under our causal mask: of the same forward, as each reads all weights."""
+def _shuffled_and_causal(model: PreTrainedModel, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Hidden states of the row with its columns shuffled (put in order again), and of its beginning under our causal mask.
+
+    [1, L, D] and [1, FIRST, D]; of one forward, because each reads all weights.
+    """
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    elsewhere = each_part(layout, lambda x: x[:, order])
     one_text = (torch.arange(len(tokens), device=tokens.device) < FIRST)[None]
     causal = Layout.of("prefix", one_text, num_prompt_tokens=len(tokens))
-    before = None if elsewhere.context_lengths is None else causal.position_ids + 1
-    causal = Layout(causal.document_ids, causal.view_ids, causal.position_ids, before)
-    both = _forward(model, torch.stack([tokens[order], tokens]), stacked(elsewhere, causal), dense=True)
-    difference = _difference(both[:1], hidden[:, order], elsewhere)
+    both = stacked(each_part(layout, lambda x: x[:, order]), causal)
+    hidden = _forward(model, torch.stack([tokens[order], tokens]), both, dense=True)
+    return hidden[:1, order.argsort()], hidden[1:, :FIRST]
+
+
+def _check_order(
+    model: PreTrainedModel,
+    attention: str,
+    layout: Layout,
+    shuffled: Tensor,
+    hidden: Tensor,
+    effect: Callable[[], float],
+) -> None:
+    difference = _difference(shuffled, hidden, layout)
     if not _is_rounding(model, difference, effect):
         raise ValueError(
             f"base={type(model).__name__}: goes by the column in which a token stands and not by the position that it is "
             f"given (shuffled columns change it by {difference:.0e}), so packed documents and {attention} attention would "
             "mislead it (ALiBi, positions counted from the mask, convolutions); choose another base model"
         )
-    return both[1:, :FIRST]
 
 
 def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, ours: Tensor, effect: Callable[[], float]) -> None:

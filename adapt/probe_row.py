@@ -1,7 +1,7 @@
 """The row that a model is probed with: two documents and padding, laid out as each pattern of attention has them.
 
-As short as it can be, because a forward over it reads all weights: the first document is as long as two windows of SPAN, the
-layout of blocks has two canvases that must not see each other.
+As short as it can be, because all of a model's layers are asked about it, a text for each token: the first document reaches beyond
+two windows, the layout of blocks has two canvases that must not see each other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from .attention import PADDING_DOCUMENT, Layout, layer_windows, mask_rule
 
 SPAN = 3
-FIRST = 6
-"""Tokens of the first document (of its clean and first noised part, with blocks)."""
+FIRST = 7
+"""Tokens of the first document: more than two windows of SPAN, and no multiple of it, so that chunks are not counted by column."""
 _DOCUMENTS = [1] * FIRST + [2] * 4 + [PADDING_DOCUMENT]
 _POSITIONS = [*range(FIRST), *range(4), 0]
-_VIEWS = {"prefix": [0] * 3 + [1] * 3 + [0] * 2 + [1] * 2 + [0], "causal": [0] * 11}
+_VIEWS = {"prefix": [0] * 4 + [1] * 3 + [0] * 2 + [1] * 2 + [0], "causal": [0] * 12}  # a prompt is longer than SPAN
 # Blocks of two: the clean copy of four (or two) tokens, then noised blocks at positions 2 and 4 that see what is before them.
 _BLOCK_DOCUMENTS = [1] * 8 + [2] * 4 + [PADDING_DOCUMENT]
 _BLOCK_VIEWS = [0] * 4 + [1] * 2 + [2] * 2 + [0] * 2 + [1] * 2 + [0]
@@ -51,13 +51,14 @@ def each_part(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
 
 
 def stacked(first: Layout, second: Layout) -> Layout:
-    """Two rows of a kind as the rows of one layout."""
-    lengths = (first.context_lengths, second.context_lengths)
+    """Two rows as the rows of one layout."""
+    # What every token sees of the context where the layout does not say it.
+    lengths = [x.position_ids + 1 if x.context_lengths is None else x.context_lengths for x in (first, second)]
     return Layout(
         torch.cat([first.document_ids, second.document_ids]),
         torch.cat([first.view_ids, second.view_ids]),
         torch.cat([first.position_ids, second.position_ids]),
-        None if lengths[0] is None or lengths[1] is None else torch.cat([lengths[0], lengths[1]]),
+        None if first.context_lengths is None and second.context_lengths is None else torch.cat(lengths),
     )
 
 

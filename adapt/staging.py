@@ -11,18 +11,13 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, or what a file may hold
 _LOCK = "lock"
-_IN_FLIGHT = 2  # pieces that wait for the disk
 _SECONDS_TO_LOCK = 60  # between a scratch folder's birth and its lock, generously
 
 
@@ -57,50 +52,6 @@ def is_full_disk(error: Exception) -> bool:
     """Whether an error means that nothing more can be written here; safetensors and tokenizers say it in words only."""
     said = ("No space left", "File too large", "quota exceeded")
     return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in said)
-
-
-class Written(NamedTuple):
-    """A piece of a file that nobody here will read again, or, of size 0, a file that is whole."""
-
-    path: Path
-    start: int = 0
-    size: int = 0
-
-
-@contextmanager
-def beside(steps: Iterator[Written]) -> Iterator[Future[None]]:
-    """Inside, another thread takes the steps, and a third brings to disk what they wrote and takes it out of the page cache.
-
-    Pages that are free again are used for what comes next; without that the copy of a large model pushes everything else out, and
-    finding room for it can take longer than the copying. What is yielded is done when both are, and raises what went wrong there.
-    Left before that, the work ends after the step at hand.
-    """
-    stopped = threading.Event()
-    with ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(1) as writer:
-
-        def work() -> None:
-            flushing: deque[Future[None]] = deque()
-            for written in steps:
-                if stopped.is_set():
-                    return
-                flushing.append(flusher.submit(_flush, written))
-                if len(flushing) > _IN_FLIGHT:
-                    flushing.popleft().result()
-            for future in flushing:
-                future.result()
-
-        working = writer.submit(work)
-        try:
-            yield working
-        finally:
-            stopped.set()
-
-
-def _flush(written: Written) -> None:
-    with written.path.open("rb") as file:
-        os.fsync(file.fileno())
-        if written.size and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), written.start, written.size, os.POSIX_FADV_DONTNEED)
 
 
 def publish(staged: Path, out: Path) -> None:

@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .embeddings import NewRows
+from .flushing import Written
 from .shards import DTYPES, INDEX, SINGLE, Shard, read_shards
-from .staging import Written
 
 _CHUNK = 4 << 20  # bytes
 _PIECE = 16 << 20  # bytes that the kernel copies in one call
-_END = 4096  # bytes
+_SAMPLE = 4096  # bytes
 _FLOATING = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _NAMES = {dtype: name for name, dtype in _FLOATING.items()}
 
@@ -115,16 +115,15 @@ class Copy:
         return readable
 
     def write_rest(self) -> Iterator[Written]:
-        """Copies what is as in the source, and writes the index; yields every piece of a file, and the file when it is whole."""
+        """Copies what is as in the source, piece by piece, and writes the index."""
         for name, shard in tqdm(self._shards.items(), desc="weights", unit="shard", disable=None):
             path, mode = self._out / name, "r+b" if self._changed[name] else "wb"
             with shard.path.open("rb", buffering=0) as read, path.open(mode, buffering=0) as write:
                 for source, target, size in self._as_they_are(name):
                     for at, step in _copy_bytes(read, write, source, target, size):
                         yield Written(path, at, step)
-            yield Written(path)
         if SINGLE not in self._shards:
-            yield Written(self._write_index())
+            self._write_index()
 
     def _as_they_are(self, name: str) -> Iterator[tuple[int, int, int]]:
         """(where in the source's file, where in ours, bytes): all of it, or the tensors that do not change."""
@@ -137,7 +136,7 @@ class Copy:
                 start, end = shard.tensors[tensor]["data_offsets"]
                 yield shard.start + start, len(self._headers[name]) + about["data_offsets"][0], end - start
 
-    def _write_index(self) -> Path:
+    def _write_index(self) -> None:
         source = next(iter(self._shards.values())).path.parent
         index = json.loads((source / INDEX).read_text())
         about = index.get("metadata")
@@ -147,34 +146,37 @@ class Copy:
             about["total_parameters"] = sum(math.prod(shape) for shape in shapes)
         index["metadata"] = {**about, "total_size": self.num_bytes}
         (self._out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        return self._out / INDEX
 
-    def check(self) -> None:
-        """Raises ValueError unless every file has the header that it should, and where it says so the ends of what was copied."""
-        for name, written in read_shards(self._out).items():
+    def check(self, out: Path) -> None:
+        """ValueError unless what was written, to become `out`, is as planned: headers, and some bytes of every copied piece."""
+        try:
+            written = read_shards(self._out)
+        except ValueError as error:
+            raise ValueError(
+                f"out={out}: its weights were not written as planned ({error}); is something writing there?"
+            ) from error
+        for name, shard in written.items():
             source, changed = self._shards[name], self._changed[name]
-            if written.tensors != (self._plans[name] if changed else source.tensors):
-                raise ValueError(
-                    f"base={source.path}: {written.path.name} was not written as planned; is something writing to it?"
+            wrong = shard.tensors != (self._plans[name] if changed else source.tensors)
+            with source.path.open("rb") as theirs, shard.path.open("rb") as ours:
+                same = (
+                    _samples(theirs, source, t) == _samples(ours, shard, t) for t in source.tensors.keys() - changed
                 )
-            with source.path.open("rb") as theirs, written.path.open("rb") as ours:
-                for tensor in source.tensors.keys() - changed:
-                    if _ends(theirs, source, tensor) != _ends(ours, written, tensor):
-                        raise ValueError(
-                            f"base={source.path}: {tensor} was not copied as it is; is something writing to it?"
-                        )
+                if wrong or not all(same):
+                    raise ValueError(
+                        f"out={out}: {name} was not written as planned; is something writing to it, or to {source.path}?"
+                    )
 
 
-def _ends(file: io.BufferedIOBase, shard: Shard, tensor: str) -> tuple[bytes, bytes]:
-    """The first and the last bytes of a tensor, `_END` or all."""
+def _samples(file: io.BufferedIOBase, shard: Shard, tensor: str) -> list[bytes]:
+    """`_SAMPLE` bytes from the beginning of a tensor, every `_PIECE` further, and its end."""
     start, end = (shard.start + offset for offset in shard.tensors[tensor]["data_offsets"])
-    size = min(_END, end - start)
 
     def at(place: int) -> bytes:
         file.seek(place)
-        return file.read(size)
+        return file.read(min(_SAMPLE, end - place))
 
-    return at(start), at(end - size)
+    return [at(place) for place in [*range(start, end, _PIECE), max(start, end - _SAMPLE)]]
 
 
 def _data_bytes(plan: Mapping[str, dict[str, Any]]) -> int:

@@ -51,6 +51,16 @@ def test_bfloat16_passes():
     assert probe(_bidirectional("llama").to(torch.bfloat16), "bidirectional")
 
 
+def test_the_mask_token_itself_goes_through_the_model():
+    model = _bidirectional("llama")
+    model.config.diffusion = {"mask_token_id": 7}
+    assert probe(model, "bidirectional")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        probe(model, "bidirectional")
+
+
 def test_many_identical_embedding_rows_are_no_obstacle():
     model = _bidirectional("llama")
     with torch.no_grad():
@@ -157,7 +167,7 @@ def _everything_of_the_row(mask):
     return mask | (torch.tensor(DOCUMENTS)[:, None] == torch.tensor(DOCUMENTS)) if mask is not None else None
 
 
-DOCUMENTS = [1] * 6 + [2] * 4 + [0]
+DOCUMENTS = [1] * 7 + [2] * 4 + [0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4])

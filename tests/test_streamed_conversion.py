@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -9,6 +10,8 @@ import shutil
 import signal
 import socket
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from tiny_models import VOCABULARY, build_tokenizer, save_base
 from transformers import AutoModelForCausalLM
 
 import adapt
-from adapt import mapped, shards, source, staging, weights
+from adapt import flushing, mapped, shards, source, staging, weights
 from adapt.cli import main as cli
 from adapt.conversion import convert
 
@@ -99,25 +102,140 @@ def test_the_proof_is_of_every_layer_of_the_loaded_weights(base_folder, tmp_path
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["in the kernel", "by hand"])
-@pytest.mark.parametrize("shift", [0, 64, -64], ids=["right", "late", "early"])
-def test_a_copy_that_does_not_stand_where_its_header_says_is_noticed(
-    base_folder, tmp_path, monkeypatch, shift, by_hand
+def test_what_is_copied_goes_to_disk_and_leaves_the_page_cache_piece_by_piece(
+    base_folder, tmp_path, monkeypatch, by_hand
 ):
-    plain = weights._copy_bytes
+    synced, dropped = [], []
+    sync, advise = os.fsync, os.posix_fadvise
 
-    def shifted(read, write, start, at, size):
-        return plain(read, write, start, at + shift, size)
+    def fsync(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
 
-    monkeypatch.setattr(weights, "_copy_bytes", shifted)
+    def fadvise(handle, start, size, advice):
+        dropped.append((synced[-1], start, size))
+        advise(handle, start, size, advice)
+
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    monkeypatch.setattr(weights, "_CHUNK", 1000)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
     if by_hand:
         monkeypatch.delattr(os, "copy_file_range")
-    if not shift:
-        before, after = _weights(base_folder("qwen3")), _weights(convert(base_folder("qwen3"), tmp_path / "out"))
-        assert all(torch.equal(after[name], old) for name, old in before.items() if "embed" not in name)
-        return
-    with pytest.raises(ValueError, match=r"was not copied as it is|cut short or damaged"):
+    before, after = _weights(base_folder("qwen3")), _weights(convert(base_folder("qwen3"), tmp_path / "out"))
+    copied = {name: old for name, old in before.items() if "embed" not in name}
+    assert all(torch.equal(after[name], old) for name, old in copied.items())
+    assert sum(size for _, _, size in dropped) == sum(old.nbytes for old in copied.values())
+    assert max(size for _, _, size in dropped) == 1000
+    assert all(Path(path).name == "model.safetensors" for path, _, _ in dropped)
+
+
+@pytest.mark.parametrize("shift", [64, -64], ids=["late", "early"])
+def test_a_copy_that_does_not_stand_where_its_header_says_is_noticed(base_folder, tmp_path, monkeypatch, shift):
+    plain = weights._copy_bytes
+    monkeypatch.setattr(
+        weights, "_copy_bytes", lambda read, write, start, at, size: plain(read, write, start, at + shift, size)
+    )
+    with pytest.raises(ValueError, match=r"was not written as planned|were not written as planned"):
         convert(base_folder("qwen3"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_with_a_piece_left_out_is_noticed(base_folder, tmp_path, monkeypatch):
+    plain = os.copy_file_range
+
+    def skipping(read, write, size, offset_src, offset_dst):
+        return size if offset_src % 7000 == 3000 else plain(read, write, size, offset_src, offset_dst)
+
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    monkeypatch.setattr(weights, "_SAMPLE", 10)
+    monkeypatch.setattr(os, "copy_file_range", skipping)
+    with pytest.raises(ValueError, match="was not written as planned"):
+        convert(base_folder("llama"), tmp_path / "out")
+
+
+def test_a_header_with_another_shape_is_noticed(base_folder, tmp_path, monkeypatch):
+    plain, name = weights._header, "model.layers.0.self_attn.k_proj.weight"
+
+    def transposed(metadata, plan):
+        return plain(metadata, plan | {name: {**plan[name], "shape": plan[name]["shape"][::-1]}})
+
+    monkeypatch.setattr(weights, "_header", transposed)
+    with pytest.raises(ValueError, match="was not written as planned"):
+        convert(base_folder("qwen3"), tmp_path / "out")
+
+
+def test_what_goes_wrong_beside_the_proof_ends_it(base_folder, tmp_path, monkeypatch):
+    """A disk that fails when pieces are brought to it: said before the next forward, with torch's threads as before."""
+    forwards = []
+
+    def flush(_piece):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def probe(model, *_):
+        time.sleep(0.5)
+        model.base_model(torch.tensor([[1, 2]]))
+        forwards.append(1)
+
+    monkeypatch.setattr(flushing, "_flush", flush)
+    monkeypatch.setattr(adapt.conversion, "probe", probe)
+    with weights.num_threads(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            convert(base_folder("llama"), tmp_path / "out")
+        assert torch.get_num_threads() == 2
+    assert not forwards
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_proof_that_fails_stops_the_copy(base_folder, tmp_path, monkeypatch):
+    pieces, plain = [], weights._copy_bytes
+    failed = threading.Event()
+
+    def slowly(*args):
+        for piece in plain(*args):
+            pieces.append(piece)
+            failed.wait(10)
+            time.sleep(0.05)
+            yield piece
+
+    def probe(*_):
+        failed.set()
+        raise ValueError("the probe failed")
+
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    monkeypatch.setattr(weights, "_copy_bytes", slowly)
+    monkeypatch.setattr(adapt.conversion, "probe", probe)
+    with pytest.raises(ValueError, match="the probe failed"):
+        convert(base_folder("qwen3"), tmp_path / "out")
+    assert len(pieces) <= 5  # of a hundred
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4,), (3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("held", [16, 1 << 20], ids=["in pieces", "at once"])
+def test_the_linear_layer_of_a_mapped_model_has_the_gradient_of_torch_s(monkeypatch, shape, held):
+    """No tokens at all: an expert that a mixture calls with none."""
+    monkeypatch.setattr(mapped, "_HELD", held)
+    weight, bias = torch.randn(5, 4), torch.randn(5)
+    ours, theirs = (torch.ones(shape, requires_grad=True) for _ in range(2))
+    got = mapped._InPieces.apply(ours, weight, bias, lambda: None)
+    want = torch.nn.functional.linear(theirs, weight, bias)
+    torch.testing.assert_close(got, want)
+    some = torch.zeros_like(want)
+    some.view(-1, 5)[:1] = torch.randn(5)  # all other rows have a gradient of zero
+    got.backward(some)
+    want.backward(some)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_no_file_is_held_open_after_a_conversion(tmp_path, base_folder):
+    gc.collect()
+    gc.disable()  # the model is in reference cycles
+    try:
+        convert(base_folder("llama"), tmp_path / "out")
+        assert str(base_folder("llama")) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 # -- however it is stopped --------------------------------------------------------------------------------------------
