@@ -16,7 +16,7 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def convert(
             staged,
             rewrite,
             dtype=None if dtype is None else kept,
-            keep_dtype=_kept_in_float32(skeleton, stored, kept),
+            keep_dtype=kept_in_float32(skeleton, stored, kept),
         )
         check_space(out, copy.num_bytes)
         # 2. The folder, under another name.
@@ -196,7 +196,7 @@ def _ids(value: object) -> set[int]:
     return {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
 
 
-def _kept_in_float32(model: PreTrainedModel, stored: dict[str, dict], dtype: torch.dtype) -> set[str]:
+def kept_in_float32(model: PreTrainedModel, stored: Iterable[str], dtype: torch.dtype) -> set[str]:
     """Tensors that transformers computes in float32 whatever the dtype of the rest, such as a router's bias."""
     parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
@@ -250,13 +250,29 @@ def _verify(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kernel = kernel(config) if callable(kernel) else kernel
     options: dict[str, Any] = {"dtype": dtype} | ({} if kernel is None else {"attn_implementation": kernel})
+    probe_in_place(model_class, config, shards, spec, f"base={spec.base_model}", alone, **options)
+
+
+def probe_in_place(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    shards: dict[str, Shard],
+    spec: DiffusionSpec,
+    what: str,
+    alone: Callable[[], bool],
+    **options: Any,
+) -> None:
+    """Probes all layers of the model whose weights stay in `shards`, loaded with options; leaves a core free while not alone().
+
+    Raises ValueError, of `what` where a weight is missing, unless the model attends as the spec promises.
+    """
     cores = torch.get_num_threads()  # but one while it is not alone: threads that wait for a core spin
     with (
         weights.num_threads(max(1, cores - 1)),
         mapped_model(model_class, config, shards, **options) as (model, loading),
     ):
         backbone_of(model).register_forward_pre_hook(lambda *_: torch.set_num_threads(cores) if alone() else None)
-        check_loaded(loading, f"base={spec.base_model}")
+        check_loaded(loading, what)
         probe(model.eval(), spec.attention, spec.clean_context)
 
 

@@ -289,11 +289,11 @@ def _rewrite_tensor(
     in_float32 = torch.empty(buffer.shape)
     for first in range(0, num_old, at_once):
         chunk = buffer[: num_old - first]
-        if not _read_all(read, _bytes_of(chunk)):
+        if not _read_all(read, bytes_of(chunk)):
             raise _became_shorter(read)
         if rows is not None:
             total += in_float32[: len(chunk)].copy_(chunk).sum(0)
-        _write_all(write, _bytes_of(_cast(chunk, to_dtype, name)))
+        _write_all(write, bytes_of(_cast(chunk, to_dtype, name)))
     if rows is None:
         return
     mean = total / num_old
@@ -304,10 +304,10 @@ def _rewrite_tensor(
         key = int.from_bytes(hashlib.sha256(f"{rows.seed}/{name}".encode()).digest()[:7], "little")
         noisy = mean + rows.std * torch.randn(width, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
     for first in range(num_old, rows.num_rows, at_once):
-        _write_all(write, _bytes_of(_cast(mean.expand(min(at_once, rows.num_rows - first), width), to_dtype, name)))
+        _write_all(write, bytes_of(_cast(mean.expand(min(at_once, rows.num_rows - first), width), to_dtype, name)))
     end = write.tell()
     write.seek(begin + rows.mask_row * width * to_dtype.itemsize)
-    _write_all(write, _bytes_of(_cast(noisy, to_dtype, name)))
+    _write_all(write, bytes_of(_cast(noisy, to_dtype, name)))
     write.seek(end)
 
 
@@ -318,7 +318,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor as its file holds them."""
     array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
