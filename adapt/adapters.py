@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from .shards import INDEX, Shard, read_shards
 from .source import copy_extras
+from .weights import bytes_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_SHARD = "5GB"
 # What an adapter's config may say where we merge layer by layer, and no forward shows whether that was right.
 _PLAIN_LORA = {
     "alpha_pattern",
@@ -159,8 +161,8 @@ def _check_same(adapter: Path, expected: Tensor, found: Tensor) -> None:
 def merge_folder(source: Path, adapter: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Writes the model in `source` with the adapter merged in as the folder `out`, with the adapter's tokenizer if it has one.
 
-    File by file where the adapter is LoRA on layers whose weights are stored as the model has them, so that memory is bounded
-    by the largest file; else with the whole model loaded. Raises ValueError for weights that `read_shards` refuses.
+    Tensor by tensor where the adapter is LoRA on layers whose weights are stored as the model has them, so that memory is bounded
+    by the largest tensor; else with the whole model loaded. Raises ValueError for weights that `read_shards` refuses.
     """
     shards = read_shards(source)
     out.mkdir()
@@ -168,13 +170,13 @@ def merge_folder(source: Path, adapter: Path, out: Path, *, trust_remote_code: b
     config = AutoConfig.from_pretrained(source, **trusted)
     changes = _changes(config, adapter, {name for shard in shards.values() for name in shard.tensors}, **trusted)
     if changes is not None:
-        _merge_files(shards, out, changes)
+        _merge_tensors(shards, out, changes)
         for name in ("config.json", "generation_config.json", INDEX):
             if (source / name).is_file():
                 shutil.copyfile(source / name, out / name)
     else:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, **trusted)
-        merged(model, adapter).save_pretrained(out)
+        merged(model, adapter).save_pretrained(out, max_shard_size=_SHARD)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     AutoTokenizer.from_pretrained(adapter if has_tokenizer else source, **trusted).save_pretrained(out)
     copy_extras(source, out, **trusted)
@@ -231,9 +233,10 @@ def _with_change(layer: Any, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _merge_files(shards: dict[str, Shard], out: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
+def _merge_tensors(shards: dict[str, Shard], out: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
     for name, shard in tqdm(shards.items(), desc="adapter", unit="file", disable=None):
-        made = load_file(shard.path)
-        for key in changes.keys() & made.keys():
-            made[key] = changes[key](made[key])
-        save_file(made, out / name, metadata=shard.metadata)
+        shutil.copyfile(shard.path, out / name)
+        with safe_open(shard.path, framework="pt") as read, (out / name).open("r+b") as write:
+            for key in sorted(changes.keys() & shard.tensors.keys()):
+                write.seek(shard.start + shard.tensors[key]["data_offsets"][0])
+                write.write(bytes_of(changes[key](read.get_tensor(key))))

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import adapters
 from .model import DiffusionLM
@@ -123,14 +130,7 @@ def load(
     if Path(folder).is_dir() and not trust_remote_code:
         check_no_code(read_json(Path(folder) / "config.json", f"checkpoint={folder}"), f"checkpoint={folder}")
     device, dtype = _device(device), _dtype(dtype)
-    trusted = {"trust_remote_code": trust_remote_code}
-    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder, **trusted), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
-    if tokenizer.mask_token_id != spec.mask_token_id:
-        raise ValueError(
-            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has "
-            f"the id {tokenizer.mask_token_id}; keep the tokenizer files of the conversion beside the weights"
-        )
+    spec, tokenizer = spec_and_tokenizer(folder, trust_remote_code=trust_remote_code)
     # 2. The weights, all of them.
     model = _weights(folder, dtype, attn_implementation, trust_remote_code)
     if adapter is not None:
@@ -143,6 +143,21 @@ def load(
     # 3. The proof.
     mask_free = probe(model, spec.attention, spec.clean_context) if verify else False
     return DiffusionLM(model, tokenizer, spec, mask_free)
+
+
+def spec_and_tokenizer(
+    folder: str | Path, *, trust_remote_code: bool = False
+) -> tuple[DiffusionSpec, PreTrainedTokenizerBase]:
+    """What a checkpoint is besides its weights; ValueError where the two do not go together."""
+    trusted = {"trust_remote_code": trust_remote_code}
+    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder, **trusted), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+    if tokenizer.mask_token_id != spec.mask_token_id:
+        raise ValueError(
+            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has "
+            f"the id {tokenizer.mask_token_id}; keep the tokenizer files of the conversion beside the weights"
+        )
+    return spec, tokenizer
 
 
 def _weights(

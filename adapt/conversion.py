@@ -35,13 +35,10 @@ from . import adapters, weights
 from . import source as sources
 from .arguments import CommandParser
 from .attention import layer_windows
-from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DTYPES, DiffusionSpec, check_loaded, check_model_folder
+from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DTYPES, DiffusionSpec, check_model_folder
 from .embeddings import NewRows, embedding_names, per_layer_rows
-from .flushing import beside
-from .mapped import mapped_model
+from .mapped import probe_in_place
 from .mask_token import add_mask_token, check_whole
-from .model import backbone_of
-from .probe import probe
 from .shards import Shard, read_json, read_shards
 from .staging import check_space, publish, scratch_beside
 
@@ -118,20 +115,16 @@ def convert(
             staged,
             dict.fromkeys(given.embeddings, rows) | per_layer,
             dtype=None if dtype is None else config.dtype,
-            keep_dtype=_kept_in_float32(given.skeleton, given.stored, config.dtype),
+            keep_dtype=weights.kept_in_float32(given.skeleton, given.stored, config.dtype),
         )
         check_space(out, copy.num_bytes)
-        # 2. The folder, under another name.
+        # 2. The folder, under another name: what is about the weights, and they.
         staged.mkdir()
         _write_about(staged, given, tokenizer, spec, trust_remote_code)
-        copy.make_files()
-        with beside(copy.write_rest()) as rest:
-            readable = copy.write_changed()
-            # 3. The proof, while the rest is written: it reads that where it is copied from.
+        with copy.writing(out) as (readable, rest):
+            # 3. The proof, while they are written.
             if verify:
                 _verify(staged, readable, type(given.skeleton), spec, attn_implementation, trust_remote_code, rest)
-            rest.result()
-        copy.check(out)
         publish(staged, out)
     return out
 
@@ -222,14 +215,6 @@ def _generation_config(source: Path, config: PretrainedConfig, base: str | Path)
     return made
 
 
-def _kept_in_float32(model: PreTrainedModel, stored: dict[str, dict], dtype: torch.dtype) -> set[str]:
-    """Tensors that transformers computes in float32 whatever the dtype of the rest, such as a router's bias."""
-    parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        parts |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return {name for name in stored if parts & set(name.split("."))}
-
-
 def _write_about(
     out: Path, base: _Base, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, trust_remote_code: bool
 ) -> None:
@@ -266,22 +251,7 @@ def _verify(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kernel = kernel(config) if callable(kernel) else kernel
     options: dict[str, Any] = {"dtype": config.dtype} | ({} if kernel is None else {"attn_implementation": kernel})
-    cores = torch.get_num_threads()
-
-    def all_cores_when_copied(*_: Any) -> None:
-        if copying.done():
-            copying.result()  # a full disk is told now, not after the proof
-            torch.set_num_threads(cores)
-
-    with (
-        weights.num_threads(
-            max(1, cores - 1)
-        ),  # one less while the copy runs: OpenMP threads that wait for a core spin
-        mapped_model(model_class, config, shards, **options) as (model, loading),
-    ):
-        check_loaded(loading, f"base={spec.base_model}")
-        backbone_of(model).register_forward_pre_hook(all_cores_when_copied)
-        probe(model.eval(), spec.attention, spec.clean_context)
+    probe_in_place(model_class, config, shards, spec, f"base={spec.base_model}", copying, **options)
 
 
 def main(argv: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .checkpoint import DiffusionSpec, check_loaded
+from .model import backbone_of
+from .probe import probe
 from .shards import DTYPES, Shard
+from .weights import num_threads
 
 _HELD = 32 << 20  # bytes of weights that may be in memory before they are given back
 _ROWS = 16
@@ -53,6 +58,34 @@ def mapped_model(
     finally:  # a file that is mapped keeps its space on the disk when it is removed, and the model is in reference cycles
         model.to("meta")
         files.clear()
+
+
+def probe_in_place(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    shards: Mapping[str, Shard],
+    spec: DiffusionSpec,
+    what: str,
+    copying: Future[None],
+    **options: Any,
+) -> None:
+    """Probes all layers of the model on the weights of these shards, which others are `copying` meanwhile.
+
+    Raises ValueError, of `what` where a weight is missing, unless the model attends as the spec promises; and what goes wrong with
+    the copy, before the next forward.
+    """
+    cores = torch.get_num_threads()
+
+    def all_cores_when_copied(*_: Any) -> None:
+        if copying.done():
+            copying.result()
+            torch.set_num_threads(cores)
+
+    fewer = max(1, cores - 1)  # OpenMP threads that wait for a core spin
+    with num_threads(fewer), mapped_model(model_class, config, shards, **options) as (model, loading):
+        check_loaded(loading, what)
+        backbone_of(model).register_forward_pre_hook(all_cores_when_copied)
+        probe(model.eval(), spec.attention, spec.clean_context)
 
 
 def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:

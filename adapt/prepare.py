@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import (
@@ -22,11 +24,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.trainer_utils import set_seed
 
 from . import lora
+from .attention import layer_windows
 from .checkpoint import DiffusionSpec, check_model_folder, is_diffusion_checkpoint, load
 from .config import Recipe
 from .conversion import convert
 from .engine import compute_dtype, whole_weights
-from .model import attach_loss
+from .model import attach_loss, backbone_of
+from .pieces import NAME as PIECES
 from .shards import read_json
 from .source import check_no_code
 
@@ -53,17 +57,59 @@ def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | Non
 
     Raises ValueError for FlexAttention where transformers does not train that model with it.
     """
-    ours = recipe.model
-    obstacle = _no_flex_attention(config)
-    if ours.attn_implementation == "flex_attention" and obstacle:
+    asked = recipe.model.attn_implementation
+    if asked == "flex_attention" and (obstacle := _no_flex_attention(config)):
         raise ValueError(
             f"model.attn_implementation=flex_attention: {obstacle}; use eager, sdpa or sdpa_pieces, or leave it out"
         )
-    if ours.attn_implementation is not None:
-        return ours.attn_implementation
-    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda" and not obstacle:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return asked or default_kernel(config, device, compiled=recipe.model.torch_compile)
+
+
+def default_kernel(config: PretrainedConfig, device: str, *, compiled: bool = False) -> str:
+    """The fastest kernel that the model of this config trains with on the device (cuda, cpu), its layers compiled or not."""
+    if device == "cuda" and _no_flex_attention(config) is None:
         return "flex_attention"
-    return "sdpa" if ours.torch_compile else "sdpa_pieces"
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not getattr(model_class, "_supports_sdpa", True):
+        return "eager"
+    return "sdpa" if compiled or (model_class is not None and not _takes_pieces(config)) else PIECES
+
+
+class _ArrivedError(Exception):
+    """The attention function has got the pieces."""
+
+
+class _Pieces(dict):
+    def __iter__(self) -> NoReturn:
+        raise _ArrivedError
+
+
+def _takes_pieces(config: PretrainedConfig) -> bool:
+    """Whether the model hands what `sdpa_pieces` needs on to its attention (StableLM's does not), asked without weights."""
+    windows = layer_windows(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=PIECES)
+            tokens, mask = torch.zeros(1, 2, dtype=torch.long), torch.empty(1, 1, 0, 0)
+        backbone = backbone_of(model)
+        inputs = {"attention_mask": dict.fromkeys(windows, mask) if isinstance(windows, dict) else mask}
+        if "position_ids" in inspect.signature(backbone.forward).parameters:
+            inputs["position_ids"] = tokens
+        backbone(input_ids=tokens, **inputs, pieces=_Pieces(), use_cache=False)
+    except (
+        _ArrivedError,
+        NotImplementedError,
+    ):  # JetMoE's router asks for data before its attention comes; most do take them
+        return True
+    except (
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # Falcon knows two kernels; Doge adds to the mask, which is empty
+        return False
+    return False
 
 
 def _no_flex_attention(config: PretrainedConfig) -> str | None:

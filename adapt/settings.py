@@ -56,7 +56,8 @@ class ModelConfig:
     """default: a reserved unused special token, else a new <|mask|>; used at conversion"""
     attn_implementation: str | None = None
     """flex_attention (GPU); sdpa_pieces: SDPA on the parts of the pattern that are seen; sdpa and eager: a dense mask. None =
-    flex_attention on a GPU, where transformers trains the model with it; else sdpa_pieces, or with torch_compile sdpa"""
+    flex_attention on a GPU, where transformers trains the model with it; else sdpa_pieces, or sdpa with torch_compile and where the
+    model does not take the pieces, or eager where transformers knows no other"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a quarter slower"""
     torch_compile: bool = False

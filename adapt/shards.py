@@ -58,13 +58,13 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def read_shards(folder: Path) -> dict[str, Shard]:
-    """{file name: Shard} of a folder's weights, in the order of their names.
+def read_shards(folder: Path, setting: str = "base") -> dict[str, Shard]:
+    """{file name: Shard} of the weights of a folder, the user's `setting`, in the order of their names.
 
     Raises ValueError, naming the file, where there are none, where one is missing, cut short or no safetensors, and where
     the index names what is not there or lies outside of the folder.
     """
-    what = f"base={folder}"
+    what = f"{setting}={folder}"
     weight_map: dict[str, str] = {}
     if (folder / SINGLE).is_file():  # where both are there, transformers reads the single file too
         files = [SINGLE]
@@ -78,7 +78,7 @@ def read_shards(folder: Path) -> dict[str, Shard]:
     for name in files:
         if not (folder / name).is_file():
             raise ValueError(f"{what}: {INDEX} names {name}, which is missing; download the model again")
-    shards = {name: _read_shard(folder / name) for name in files}
+    shards = {name: _read_shard(folder / name, what) for name in files}
     home: dict[str, str] = {}
     for file, shard in shards.items():
         for tensor in shard.tensors:
@@ -104,8 +104,8 @@ def _weight_map(index: dict[str, Any], what: str) -> dict[str, str]:
     return weight_map
 
 
-def _read_shard(path: Path) -> Shard:
-    what = f"base={path.parent}: {path.name}"
+def _read_shard(path: Path, what: str) -> Shard:
+    what = f"{what}: {path.name}"
     try:
         with safe_open(
             path, framework="pt"

@@ -13,7 +13,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .embeddings import NewRows
-from .flushing import Written
+from .flushing import Written, beside
 from .shards import DTYPES, INDEX, SINGLE, Shard, read_shards
 
 _CHUNK = 4 << 20  # bytes
@@ -50,11 +52,19 @@ def stored_dtype(shards: Mapping[str, Shard]) -> torch.dtype:
     return _FLOATING[most]
 
 
+def kept_in_float32(model: PreTrainedModel, stored: Iterable[str], dtype: torch.dtype) -> set[str]:
+    """Tensors that transformers computes in float32 whatever the dtype of the rest, such as a router's bias."""
+    parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        parts |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {name for name in stored if parts & set(name.split("."))}
+
+
 class Copy:
     """The weights of `shards`, as they will stand in the folder `out`.
 
-    rewrite: embeddings by name. dtype: floating tensors are cast to it, but for those named in keep_dtype. After `make_files`, what
-    differs from the source (`write_changed`) and what does not (`write_rest`) can be written side by side.
+    rewrite: embeddings by name. dtype: floating tensors are cast to it, but for those named in keep_dtype. What differs
+    from the source is written first, what does not beside whatever the caller does meanwhile (`writing`).
     """
 
     def __init__(
@@ -79,7 +89,21 @@ class Copy:
         """Of all tensors."""
         return sum(_data_bytes(plan) for plan in self._plans.values())
 
-    def make_files(self) -> None:
+    @contextmanager
+    def writing(self, out: Path) -> Iterator[tuple[dict[str, Shard], Future[None]]]:
+        """Inside, the files are written, to become `out`: (where each tensor can be read, whether it is written or not; what is done
+        when all are).
+
+        Raises ValueError for embeddings with NaN or infinity in them, for weights that do not fit into float16, and for what was
+        not written as planned; OSError of the disk.
+        """
+        self._make_files()
+        with beside(self._write_rest()) as rest:
+            yield self._write_changed(), rest
+            rest.result()
+        self._check(out)
+
+    def _make_files(self) -> None:
         """Those that differ from the source: a header, and holes for the tensors."""
         for name, plan in self._plans.items():
             if self._changed[name]:
@@ -87,11 +111,8 @@ class Copy:
                     file.write(self._headers[name])
                     file.truncate(len(self._headers[name]) + _data_bytes(plan))
 
-    def write_changed(self) -> dict[str, Shard]:
-        """Returns where each tensor can be read then: here, or, as it is not changed, in the source.
-
-        Raises ValueError for embeddings with NaN or infinity in them, and for weights that do not fit into float16.
-        """
+    def _write_changed(self) -> dict[str, Shard]:
+        """Returns where each tensor can be read then: here, or, as it is not changed, in the source."""
         readable: dict[str, Shard] = {}
         for name, shard in self._shards.items():
             kept = {t: about for t, about in shard.tensors.items() if t not in self._changed[name]}
@@ -114,7 +135,7 @@ class Copy:
             readable[name] = Shard(self._out / name, changed, None, len(header))
         return readable
 
-    def write_rest(self) -> Iterator[Written]:
+    def _write_rest(self) -> Iterator[Written]:
         """Copies what is as in the source, piece by piece, and writes the index."""
         for name, shard in tqdm(self._shards.items(), desc="weights", unit="shard", disable=None):
             path, mode = self._out / name, "r+b" if self._changed[name] else "wb"
@@ -147,7 +168,7 @@ class Copy:
         index["metadata"] = {**about, "total_size": self.num_bytes}
         (self._out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def check(self, out: Path) -> None:
+    def _check(self, out: Path) -> None:
         """ValueError unless what was written, to become `out`, is as planned: headers, and some bytes of every copied piece."""
         try:
             written = read_shards(self._out)
@@ -239,11 +260,11 @@ def _rewrite_tensor(
     in_float32 = torch.empty(buffer.shape)
     for first in range(0, num_old, at_once):
         chunk = buffer[: num_old - first]
-        if not _read_all(read, _bytes_of(chunk)):
+        if not _read_all(read, bytes_of(chunk)):
             raise _became_shorter(read)
         if rows is not None:
             total += in_float32[: len(chunk)].copy_(chunk).sum(0)
-        _write_all(write, _bytes_of(_cast(chunk, to_dtype, name)))
+        _write_all(write, bytes_of(_cast(chunk, to_dtype, name)))
     if rows is None:
         return
     mean = total / num_old
@@ -254,10 +275,10 @@ def _rewrite_tensor(
         key = int.from_bytes(hashlib.sha256(f"{rows.seed}/{name}".encode()).digest()[:7], "little")
         noisy = mean + rows.std * torch.randn(width, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
     for first in range(num_old, rows.num_rows, at_once):
-        _write_all(write, _bytes_of(_cast(mean.expand(min(at_once, rows.num_rows - first), width), to_dtype, name)))
+        _write_all(write, bytes_of(_cast(mean.expand(min(at_once, rows.num_rows - first), width), to_dtype, name)))
     end = write.tell()
     write.seek(begin + rows.mask_row * width * to_dtype.itemsize)
-    _write_all(write, _bytes_of(_cast(noisy, to_dtype, name)))
+    _write_all(write, bytes_of(_cast(noisy, to_dtype, name)))
     write.seek(end)
 
 
@@ -268,7 +289,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor as its file holds them."""
     array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import adapt
 from adapt.conversion import check_architecture
+from adapt.prepare import default_kernel
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 REASONS = {
@@ -58,6 +59,12 @@ distance as long as keys lie in the past, because a softmax does not see a const
 with its distance, where ALiBi means a penalty. Bloom and Falcon make the columns from the two-dimensional mask and fail on any other;
 MPT takes one, and numbers columns whatever positions say, so that the copies of block attention would stand apart from their place.
 """
+KERNELS = """
+`sdpa_pieces` is ours: SDPA on what is seen only. FlexAttention is not run here; it takes the same rule. "On a GPU" is what a run
+takes there if its recipe names no `model.attn_implementation` ({counts}): FlexAttention where transformers says that the model
+supports it, else the last of the kernels that agree, which is also what a run on a CPU takes (`sdpa` for `sdpa_pieces` with
+`model.torch_compile`). FlexAttention has no dropout: a config.json with attention dropout, as BioGPT's has by default, goes without it.
+"""
 LARGEST = 20_000_000
 """parameters above which a config did not shrink and no model of it is made."""
 
@@ -70,6 +77,8 @@ class Outcome(NamedTuple):
     reason: str
     kinds: str = ""
     kernels: str = ""
+    on_gpu: str = ""
+    """the kernel that a run on a GPU takes where its recipe names none"""
 
 
 def try_all(model_types: Iterable[str]) -> Iterator[Outcome]:
@@ -144,7 +153,7 @@ def convert_and_check(model_type: str, name: str, model: PreTrainedModel, scratc
             kernels = check(model, lm)
         except (AssertionError, RuntimeError) as error:
             return Outcome(model_type, name, "WRONG", f"{attention}: {_one_line(error)}", kinds)
-    return Outcome(model_type, name, "converted", "", kinds, kernels)
+    return Outcome(model_type, name, "converted", "", kinds, kernels, default_kernel(model.config, "cuda"))
 
 
 def _reason(error: ValueError, model_type: str) -> str:
@@ -187,11 +196,15 @@ def write_table(outcomes: list[Outcome], out: Path) -> None:
         "",
         "## Converted",
         "",
-        "| model type | class | layers | kernels |",
-        "|---|---|---|---|",
-        *(f"| {o.model_type} | {o.name} | {o.kinds} | {o.kernels} |" for o in outcomes if o.outcome == "converted"),
+        "| model type | class | layers | kernels | on a GPU |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {o.model_type} | {o.name} | {o.kinds} | {o.kernels} | {o.on_gpu} |"
+            for o in outcomes
+            if o.outcome == "converted"
+        ),
         "",
-        "`sdpa_pieces` is ours: SDPA on what is seen only. FlexAttention is not run here; it takes the same rule.",
+        *_on_a_gpu(outcomes).splitlines(),
         "",
         "## Refused",
         "",
@@ -209,6 +222,11 @@ def write_table(outcomes: list[Outcome], out: Path) -> None:
         "",
     ]
     out.write_text("\n".join(lines))
+
+
+def _on_a_gpu(outcomes: list[Outcome]) -> str:
+    counts = Counter(o.on_gpu for o in outcomes if o.outcome == "converted")
+    return KERNELS.strip().format(counts=", ".join(f"{kernel} {count}" for kernel, count in counts.most_common()))
 
 
 def class_of(reason: str) -> str:

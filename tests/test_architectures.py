@@ -20,6 +20,7 @@ from architectures import MODEL_TYPES, Outcome, class_of, tiny_model, try_one, w
 
 import adapt  # noqa: E402
 from adapt.model import output_head  # noqa: E402
+from adapt.prepare import default_kernel  # noqa: E402
 
 # transformers and torch warn of deprecations inside their own models.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,7 +34,7 @@ WINDOWED = (
     *("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "ministral", "mistral", "mixtral", "olmo3", "phi3", "qwen2"),
     *("qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
 )
-EAGER_ONLY = ("gemma2", "gpt_oss")
+EAGER_ONLY = ("gemma2", "gpt_oss", "gptj")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,12 +48,28 @@ def _quiet():
 
 def _on_the_page(model_type: str) -> str:
     """converted, refused or not tried, as the page in docs/ says."""
+    return _line_on_the_page(model_type)[0]
+
+
+def _line_on_the_page(model_type: str) -> tuple[str, str]:
+    """(converted, refused or not tried; the last cell of its line)"""
     section = ""
     for line in PAGE.read_text().splitlines():
         section = line.removeprefix("## ").lower() if line.startswith("## ") else section
         if line.startswith(f"| {model_type} | "):
-            return section
-    return "not on the page"
+            return section, line.split(" | ")[-1].removesuffix(" |")
+    return "not on the page", ""
+
+
+def _check_default_kernel(outcome: Outcome) -> None:
+    """A run without a kernel in its recipe takes one that was shown to be right, and the page says which."""
+    agree = outcome.kernels.split(", ")
+    assert default_kernel(tiny_config(outcome.model_type), "cpu") == agree[-1]
+    assert default_kernel(tiny_config(outcome.model_type), "cpu", compiled=True) == (
+        "sdpa" if "sdpa" in agree else "eager"
+    )
+    assert outcome.on_gpu in ("flex_attention", agree[-1])
+    assert _line_on_the_page(outcome.model_type) == ("converted", outcome.on_gpu)
 
 
 @pytest.mark.parametrize("model_type", PROMISED)
@@ -62,7 +79,7 @@ def test_it_converts_and_in_all_patterns_each_token_moves_exactly_those_that_see
     assert outcome.kernels.startswith("eager" if model_type in EAGER_ONLY else "eager, sdpa")
     assert ("sliding_attention" in outcome.kinds) == (model_type in WINDOWED)
     assert ("chunked_attention" in outcome.kinds) == (model_type == "llama4_text")
-    assert _on_the_page(model_type) == "converted"
+    _check_default_kernel(outcome)
 
 
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in PROMISED])
@@ -72,6 +89,8 @@ def test_it_is_converted_and_right_or_refused_in_one_line_as_the_page_says(model
     if outcome.outcome == "refused":
         assert class_of(outcome.reason)
         assert "\n" not in outcome.reason
+    if outcome.outcome == "converted":
+        _check_default_kernel(outcome)
 
 
 def test_the_page_counts_what_it_lists():
@@ -136,13 +155,16 @@ def test_the_scale_and_cap_of_the_head_are_those_of_the_model_whatever_its_confi
 
 def test_the_page_is_written_by_reason(tmp_path):
     outcomes = [
-        Outcome("llama", "LlamaForCausalLM", "converted", "", "full_attention", "eager"),
+        Outcome("llama", "LlamaForCausalLM", "converted", "", "full_attention", "eager, sdpa", "flex_attention"),
+        Outcome("gptj", "GPTJForCausalLM", "converted", "", "full_attention", "eager", "eager"),
         Outcome("bart", "BartForCausalLM", "refused", "is an encoder-decoder (bart)"),
         Outcome("odd", "OddForCausalLM", "not tried", "no tiny config: ?"),
     ]
     write_table(outcomes, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert "**1 converted, 1 refused, 1 not tried.**" in text
+    assert "**2 converted, 1 refused, 1 not tried.**" in text
+    assert "| llama | LlamaForCausalLM | full_attention | eager, sdpa | flex_attention |" in text
+    assert "(flex_attention 1, eager 1)" in text
     assert "| encoder-decoder | 1 |" in text
     with pytest.raises(ValueError, match="no kind for the reason"):
         class_of("because")

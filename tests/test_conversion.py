@@ -266,7 +266,7 @@ def _convert_and_die(base: Path, out: Path, at: str) -> None:
         try:
             sys.addaudithook(hook)
             if at == "probe":
-                adapt.conversion.probe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                adapt.mapped.probe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             convert(base, out)
         finally:
             os._exit(0)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
@@ -25,6 +27,7 @@ from adapt.conversion import convert
 from adapt.export import export
 from adapt.model_card import license_of
 from adapt.sampler import SamplerConfig
+from adapt.shards import INDEX
 
 # What decodes differently; every one of them with and without left padding.
 KINDS = {
@@ -314,6 +317,62 @@ def test_an_adapter_is_merged_into_shards_of_the_size_and_dtype_asked_for(checkp
     merged = AutoModelForCausalLM.from_pretrained(out).to(torch.bfloat16)
     again = AutoModelForCausalLM.from_pretrained(half)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in merged.state_dict().items())
+
+
+@pytest.fixture
+def _no_model_is_loaded(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.mark.usefixtures("_no_model_is_loaded")
+def test_an_export_loads_no_model_and_its_weights_are_the_files_of_the_checkpoint(checkpoint_folder, tmp_path) -> None:
+    checkpoint = checkpoint_folder("llama", "prefix")
+    out = export(checkpoint, tmp_path / "out")
+    files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    assert len(files) > 1
+    assert files == sorted(path.name for path in out.glob("*.safetensors"))
+    assert all((out / name).read_bytes() == (checkpoint / name).read_bytes() for name in files)
+    one, other = (json.loads((folder / INDEX).read_text()) for folder in (checkpoint, out))
+    assert one == other
+    half = export(checkpoint, tmp_path / "half", dtype="bfloat16")
+    for name in files:
+        before, after = load_file(checkpoint / name), load_file(half / name)
+        assert all(torch.equal(after[tensor], value.bfloat16()) for tensor, value in before.items())
+
+
+@pytest.mark.usefixtures("_no_model_is_loaded")
+def test_the_weights_of_an_export_are_proved_where_they_lie(checkpoint_folder, tmp_path) -> None:
+    checkpoint = shutil.copytree(checkpoint_folder("llama", "prefix"), tmp_path / "checkpoint")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    path = checkpoint / json.loads((checkpoint / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(path)
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the probe failed"):
+        export(checkpoint, tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"^checkpoint={checkpoint}: .* names {path.name}, which is missing"):
+        export(checkpoint, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_lora_is_merged_into_an_export_tensor_by_tensor(checkpoint_folder, tmp_path) -> None:
+    peft = pytest.importorskip("peft", reason="the peft package is not installed")
+    checkpoint = checkpoint_folder("llama", "prefix")
+    config = peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj", "up_proj"])
+    torch.manual_seed(1)
+    trained = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).eval()
+    trained.save_pretrained(tmp_path / "adapter")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        out = export(checkpoint, tmp_path / "out", adapter=tmp_path / "adapter")
+    tokens = torch.tensor([[5, 41, 7, VOCABULARY]])
+    with torch.no_grad():
+        logits, expected = AutoModelForCausalLM.from_pretrained(out)(tokens).logits, trained(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+    assert not torch.equal(logits, AutoModelForCausalLM.from_pretrained(checkpoint)(tokens).logits)
 
 
 def _report(checkpoint: Path) -> dict:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 from training_fixtures import losses, recipe_argv, write_base, write_pairs
-from transformers import BioGptConfig, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import (
+    BioGptConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    StableLmConfig,
+)
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from adapt.config import DataConfig, ModelConfig, Recipe, TrainingConfig, parse_recipe
@@ -15,6 +24,7 @@ from adapt.prepare import attention_kernel
 from adapt.trainer import train
 
 NO_DROPOUT = {"attention_dropout": 0.0}
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
 WITH_DROPOUT = {"attention_dropout": 0.1}
 
 
@@ -35,10 +45,19 @@ def recipe(**model) -> Recipe:
         (LlamaConfig(**WITH_DROPOUT), "cuda", True, "sdpa"),
         (BioGptConfig(), "cuda", False, "sdpa_pieces"),
         (GPT2Config(attn_pdrop=0.0), "cuda", False, "sdpa_pieces"),
+        (Gemma2Config(**SMALL, sliding_window=8), "cuda", False, "flex_attention"),
+        (Gemma2Config(**SMALL, sliding_window=8), "cpu", False, "eager"),
+        (Gemma2Config(**SMALL, sliding_window=8), "cpu", True, "eager"),
+        (StableLmConfig(**SMALL), "cuda", False, "sdpa"),
+        (FalconConfig(**SMALL), "cpu", False, "sdpa"),
+        (OPTConfig(**SMALL, **NO_DROPOUT), "cpu", False, "sdpa_pieces"),
     ],
-    ids=["llama", "cpu", "dropout", "dropout, compiled", "dropout by another name", "not in transformers"],
+    ids=[
+        *("llama", "cpu", "dropout", "dropout, compiled", "dropout by another name", "not in transformers"),
+        *("gemma2", "gemma2, cpu", "gemma2, compiled", "hands on no pieces", "knows two kernels", "positions"),
+    ],
 )
-def test_flex_attention_is_the_default_only_where_transformers_trains_the_model_with_it(
+def test_the_default_kernel_is_the_fastest_that_transformers_trains_the_model_with(
     config: PretrainedConfig, device: str, compiled: bool, kernel: str
 ) -> None:
     assert attention_kernel(recipe(torch_compile=compiled), config, device) == kernel

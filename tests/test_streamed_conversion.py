@@ -178,7 +178,7 @@ def test_what_goes_wrong_beside_the_proof_ends_it(base_folder, tmp_path, monkeyp
         forwards.append(1)
 
     monkeypatch.setattr(flushing, "_flush", flush)
-    monkeypatch.setattr(adapt.conversion, "probe", probe)
+    monkeypatch.setattr(mapped, "probe", probe)
     with weights.num_threads(2):
         with pytest.raises(OSError, match="Input/output error"):
             convert(base_folder("llama"), tmp_path / "out")
@@ -204,7 +204,7 @@ def test_a_proof_that_fails_stops_the_copy(base_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "_PIECE", 1000)
     monkeypatch.setattr(weights, "_copy_bytes", slowly)
-    monkeypatch.setattr(adapt.conversion, "probe", probe)
+    monkeypatch.setattr(mapped, "probe", probe)
     with pytest.raises(ValueError, match="the probe failed"):
         convert(base_folder("qwen3"), tmp_path / "out")
     assert len(pieces) <= 5  # of a hundred
@@ -311,7 +311,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(base_folder, tmp_pat
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("precious")
 
-    monkeypatch.setattr(adapt.conversion, "probe", probe)
+    monkeypatch.setattr(mapped, "probe", probe)
     with pytest.raises(ValueError, match="appeared meanwhile"):
         convert(base_folder("qwen3"), tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "precious"
