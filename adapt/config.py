@@ -9,10 +9,14 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from .settings import DataConfig, ModelConfig, NoiseConfig, ObjectiveConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from .arguments import CommandParser
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,14 @@ def _no_recipe(file: Path) -> str | None:
     return None
 
 
+def check_files(parser: CommandParser, argv: list[str]) -> None:
+    """Exits with 2 where a `--config FILE` among the arguments cannot be read as a recipe."""
+    given = [value for option, value in pairwise(argv) if option == "--config"]
+    for file in [*given, *(option.removeprefix("--config=") for option in argv if option.startswith("--config="))]:
+        if why := _no_recipe(Path(file)):
+            parser.error(f"config={file}: {why}")
+
+
 def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
     """The recipe of a command line: `--config FILE` and dotted overrides. Exits with 2 on unknown keys and wrong types."""
     from .arguments import CommandParser
@@ -115,10 +127,7 @@ def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
     parser.add_argument("--config", action="config", help="a recipe; later arguments override it")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.add_class_arguments(Recipe, as_group=False)
-    given = [value for option, value in pairwise(argv) if option == "--config"]
-    for file in [*given, *(option.removeprefix("--config=") for option in argv if option.startswith("--config="))]:
-        if why := _no_recipe(Path(file)):
-            parser.error(f"config={file}: {why}")
+    check_files(parser, argv)
     namespace = parser.parse_args(argv)
     config = parser.instantiate(namespace)
     return Recipe(config.model, config.data, config.training, config.noise, config.objective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, mask_token_id: int | 
             # and from then on no gradient goes through it.
             module.support_avx512bf16_for_cpu = False
     weight: Any = embedding.weight
-    with _gathered(weight) if hasattr(weight, "ds_id") else nullcontext():
+    with _gathered(weight) if hasattr(weight, "ds_id") else nullcontext(), warnings.catch_warnings():
+        # peft 0.21 asks for transformers' old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             return peft.get_peft_model(model, config)
         except ValueError as error:

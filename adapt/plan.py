@@ -20,14 +20,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
 from .arguments import CommandParser
 from .checkpoint import DiffusionSpec, check_model_folder
-from .config import Recipe
+from .config import Recipe, check_files
 from .conversion import check_architecture
 from .footprint import Timeline, trace
 from .prepare import attention_kernel
+from .rate import benchmark_rate
 from .shape_model import shape_model
 from .zero_memory import Peak, Weights, Zero, peak, zero_of, zero_stages
 
@@ -76,16 +78,22 @@ class Planner:
 
     def largest_micro_batch(self, zero: Zero, memory: float) -> int:
         """The largest that fits into `memory` bytes and divides the rows of a step and rank; 0: not even 1 does."""
-        rows = self.recipe.training.global_batch_size // self.gpus
+        ours, own = self.recipe.training, self.peak(zero)  # which the table shows anyway
+        rows = ours.global_batch_size // self.gpus
         sizes = [size for size in range(1, rows + 1) if rows % size == 0]
-        low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
-        while low < high:
-            middle = (low + high) // 2
-            if self.peak(zero, sizes[middle]).total <= memory:
-                low = middle + 1
-            else:
-                high = middle
-        return sizes[low - 1] if low else 0
+        growing = own.activations + own.logits
+        room = memory - (own.total - growing)
+        guess = ours.micro_batch_size * (room / growing if growing else room > 0)
+        i = sum(size <= guess for size in sizes) - 1
+
+        def fits(size: int) -> bool:
+            return self.peak(zero, size).total <= memory
+
+        while i + 1 < len(sizes) and fits(sizes[i + 1]):
+            i += 1
+        while i >= 0 and not fits(sizes[i]):
+            i -= 1
+        return sizes[i] if i >= 0 else 0
 
 
 def own_peak(recipe: Recipe, config: PretrainedConfig, gpus: int) -> Peak:
@@ -93,9 +101,11 @@ def own_peak(recipe: Recipe, config: PretrainedConfig, gpus: int) -> Peak:
     return Planner(recipe, config, gpus=gpus).peak(zero_of(recipe))
 
 
-def model_config(recipe: Recipe, path: Path | None) -> PretrainedConfig:
-    """The architecture; ValueError where there is no config.json to read it from."""
+def model_config(recipe: Recipe, path: Path | None, recipes: list[Path] | None = None) -> PretrainedConfig:
+    """The architecture; ValueError where there is no config.json to read it from. recipes: files beside which one may lie."""
     base = recipe.model.base
+    beside = [file.parent / "config.json" for file in recipes or [] if (file.parent / "config.json").is_file()]
+    example = beside[-1] if beside else "recipes/qwen3-0.6b/config.json"
     if path is not None and not path.exists():
         raise ValueError(f"model_config={path}: no such file; give a model's config.json")
     if path is None and base.endswith(".gguf"):
@@ -106,12 +116,9 @@ def model_config(recipe: Recipe, path: Path | None) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(base if path is None else path)
     except (OSError, ValueError) as error:
         if path is not None:
-            raise ValueError(
-                f"model_config={path}: is no model's config.json; give one, such as recipes/qwen3-0.6b/config.json"
-            ) from error
+            raise ValueError(f"model_config={path}: is no model's config.json; give one, such as {example}") from error
         raise ValueError(
-            f"model.base={base}: its config.json cannot be had here; give one with --model_config, such as "
-            "recipes/qwen3-0.6b/config.json"
+            f"model.base={base}: its config.json cannot be had here; give one with --model_config, such as {example}"
         ) from error
     if recipe.objective.name != "ar":
         check_architecture(config, base)  # a plan for what conversion refuses would be of no use
@@ -136,39 +143,10 @@ def resolved(recipe: Recipe, config: PretrainedConfig) -> Recipe:
 def plan(planner: Planner, *, memory: float | None = None) -> list[Row]:
     """The recipe's own way first, then the ZeRO stages that it could take instead. memory: bytes that a rank may use."""
     rows = []
-    for zero in zero_stages(planner.recipe):
+    for zero in tqdm(zero_stages(planner.recipe), desc="planning", unit="way", disable=None, leave=False):
         largest = None if memory is None else planner.largest_micro_batch(zero, memory)
         rows.append(Row(zero, zero == zero_of(planner.recipe), planner.peak(zero), largest))
     return rows
-
-
-def benchmark_rate(path: Path, recipe: Recipe, weights: Weights) -> tuple[float, str]:
-    """(clean tokens/s of one process, what was measured) from a file of benchmarks/train.py; ValueError if it is of other work."""
-    try:
-        report = json.loads(path.read_text())
-        results = [(r["sizes"]["parameters"], r["summary"], r["workload"]) for r in report["results"]]
-        hardware = report["provenance"]["gpu"] or report["provenance"]["cpu"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"benchmark={path}: not written by benchmarks/train.py ({type(error).__name__}: {error})"
-        ) from error
-    ours = recipe.model
-    arm = "ar" if recipe.objective.name == "ar" else f"block{ours.block_size}" if ours.block_size else ours.attention
-    rates = [
-        (
-            summary[arm]["clean_tokens_per_s"]["median"],
-            f"{arm}, {workload['batch']} x {workload['longest']}, {hardware}",
-        )
-        for size, summary, workload in results
-        if arm in summary and abs(size / weights.count - 1) < 0.02
-    ]
-    if not rates:
-        found = sorted({f"{name} at {size / 1e6:.0f}M" for size, summary, _ in results for name in summary})
-        raise ValueError(
-            f"benchmark={path}: has no arm {arm} of {weights.count / 1e6:.0f}M parameters (found: {', '.join(found)}); give "
-            "--tokens_per_s instead"
-        )
-    return max(rates)
 
 
 def main(argv: list[str]) -> None:
@@ -191,17 +169,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", type=str, default="cuda", help="cuda or cpu")
     parser.add_argument("--json", type=bool, default=False, help="print JSON instead")
     parser.add_class_arguments(Recipe, as_group=False)
+    check_files(parser, argv)
     given = parser.parse_args(argv)
     made = parser.instantiate(given)
     _check(given)
     recipe = Recipe(made.model, made.data, made.training, made.noise, made.objective)
-    config = model_config(recipe, given.model_config)
+    config = model_config(recipe, given.model_config, [Path(str(file)) for file in given.config or []])
     planner = Planner(resolved(recipe, config), config, gpus=given.gpus, device=given.device)
     memory = None if given.gpu_memory is None else given.gpu_memory * 1e9 * (1 - given.reserve)
     rows = plan(planner, memory=memory)
     rate, source = given.tokens_per_s, "given"
     if given.benchmark is not None:
-        rate, source = benchmark_rate(given.benchmark, planner.recipe, planner.weights(False))
+        rate, source = benchmark_rate(given.benchmark, planner.recipe, planner.weights(False).count, given.device)
     cost = _cost(planner, rows[0].zero, rate, source, given.train_tokens)
     print(json.dumps(_as_json(rows, cost), indent=1) if given.json else _table(planner, rows, cost, given))
 
@@ -256,10 +235,11 @@ def _as_json(rows: list[Row], cost: dict[str, Any]) -> dict[str, Any]:
 
 def _table(planner: Planner, rows: list[Row], cost: dict[str, Any], given: Any) -> str:
     recipe, weights = planner.recipe, planner.weights(False)
-    ranks = f"{planner.gpus} {'GPU' if given.device == 'cuda' else 'CPU process'}{'s' * (planner.gpus > 1)}"
+    ranks = _counted(planner.gpus, "GPU" if given.device == "cuda" else "CPU process")
+    in_micro_batch = _counted(recipe.training.micro_batch_size, "row")
     lines = [
         f"{recipe.model.base}: {weights.count / 1e6:,.1f}M parameters, {weights.trained / 1e6:,.1f}M trained; {ranks}, "
-        f"{recipe.training.micro_batch_size} rows of {recipe.data.seq_len} tokens in a micro-batch, {planner.kernel}",
+        f"{in_micro_batch} of {recipe.data.seq_len} tokens in a micro-batch, {planner.kernel}",
         "",
     ]
     head = ["GB of each rank", *COLUMNS, "fullest at", "in host memory"]
@@ -276,13 +256,58 @@ def _table(planner: Planner, rows: list[Row], cost: dict[str, Any], given: Any) 
     for row in cells:
         rest = "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append(f"{row[0]:<{widths[0]}}  {rest}")
-    lines += ["* as the recipe has it", ""]
+    lines += ["* as the recipe has it", *_legend(recipe, rows[0]), *_fit(recipe, rows[0], planner.gpus, given), ""]
+    micro_batches = _counted(cost["accumulation_steps"], "micro-batch")
     lines.append(
-        f"a step: {recipe.training.global_batch_size} rows, {cost['accumulation_steps']} micro-batches on each rank, "
+        f"a step: {_counted(recipe.training.global_batch_size, 'row')}, {micro_batches} on each rank, "
         f"{cost['positions_per_step']:,} positions, {cost['clean_tokens_per_step']:,} clean tokens if rows are full"
     )
     if "seconds_per_step" in cost:
         of_run = f"; {cost['hours']:,.1f} hours for {cost['train_tokens']:,.0f}" if "hours" in cost else ""
         rate = f"{cost['clean_tokens_per_s_of_one']:,.0f} clean tokens/s of each rank ({cost['rate_source']})"
         lines.append(f"time at {rate}: {cost['seconds_per_step']:,.2f} s a step{of_run}")
-    return "\n".join(lines)
+    more = ["--gpu_memory GB adds the largest micro-batch that fits"] * (given.gpu_memory is None)
+    more += ["--tokens_per_s or --benchmark adds the time"] * ("seconds_per_step" not in cost)
+    more += ["--train_tokens adds the hours"] * ("seconds_per_step" in cost and "hours" not in cost)
+    return "\n".join([*lines, *(["; ".join(more)] if more else [])])
+
+
+def _counted(number: int, word: str) -> str:
+    ending = "" if number == 1 else "es" if word.endswith(("s", "ch")) else "s"
+    return f"{number:,} {word}{ending}"
+
+
+def _legend(recipe: Recipe, own: Row) -> list[str]:
+    """What each way keeps on a rank, for a reader who does not know ZeRO."""
+    is_bf16 = recipe.training.precision == "bf16"
+    whole = "weights, gradients and optimizer whole on each rank"
+    plain = f"no DeepSpeed: {whole}, in float32{'; only the computing is in bf16' * is_bf16}"
+    zero_0 = (
+        f"ZeRO-0: {whole}, weights and gradients in bf16; its optimizer keeps a float32 copy of the weights, and its step makes "
+        "one of the gradients (in buffers)"
+        if is_bf16
+        else f"ZeRO-0: {whole}, in float32"
+    )
+    split = (
+        "ZeRO-1 splits the optimizer over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too (those gathered at a time "
+        "are in buffers)"
+    )
+    return [*([plain] if own.zero.stage is None else []), zero_0, split]
+
+
+def _fit(recipe: Recipe, own: Row, gpus: int, given: Any) -> list[str]:
+    """What the largest micro-batch is chosen from, and what to do where the recipe's own does not fit."""
+    if own.largest_micro_batch is None:
+        return []
+    room = f"{given.gpu_memory:g} GB less the {given.reserve:.0%} kept free by --reserve"
+    rows = _counted(recipe.training.global_batch_size // gpus, "row")
+    lines = [f"largest micro-batch: of those that divide the {rows} of a step and rank, into {room}"]
+    if own.peak.total <= given.gpu_memory * 1e9 * (1 - given.reserve):
+        return lines
+    checkpointing = "" if recipe.model.gradient_checkpointing else "--model.gradient_checkpointing true, or "
+    todo = (
+        f"--training.micro_batch_size {own.largest_micro_batch}"
+        if own.largest_micro_batch
+        else f"{checkpointing}a way above that fits, --training.deepspeed zero3_offload, or more GPUs"
+    )
+    return [*lines, f"the recipe does not fit as it is: try {todo}"]

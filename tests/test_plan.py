@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ from transformers import AutoConfig, LlamaConfig
 
 from adapt import cli, footprint, plan
 from adapt.config import DataConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
+from adapt.rate import benchmark_rate
 from adapt.settings import LoraConfig
 from adapt.zero_memory import Weights, Zero, peak, zero_of
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = LlamaConfig(
     vocab_size=512,
     hidden_size=64,
@@ -187,6 +191,47 @@ def test_the_command_prints_every_stage_tokens_and_time(tmp_path: Path, capsys: 
     # 8 rows of 32 clean and 32 noisy tokens; 256 clean tokens at 2 x 1,000 a second; 7.2M are an hour.
     assert "2 micro-batches on each rank, 512 positions, 256 clean tokens" in out
     assert "0.13 s a step; 1.0 hours" in out
+    assert "adds" not in out  # nothing is left to ask for
+    assert cli.main([*argv[:5], "--training.global_batch_size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "1 GPU, 4 rows of 64 tokens in a micro-batch" in out
+    assert "a step: 4 rows, 1 micro-batch on each rank" in out
+    assert "--gpu_memory GB adds the largest micro-batch that fits; --tokens_per_s or --benchmark adds the time" in out
+
+
+def test_a_recipe_that_does_not_fit_is_told_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path)
+    argv = ["plan", "--config", f"{folder}/recipe.yaml", "--model_config", f"{folder}/config.json", "--json", "true"]
+    sizes = []
+    for size in ("1", "2"):
+        assert cli.main([*argv, "--training.micro_batch_size", size]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["bytes_per_rank"][0])
+    one, two = (sum(row[name] for name in plan.COLUMNS[:-1]) / 1e9 for row in sizes)
+    room = ["--gpu_memory", str((one + two) / 2), "--reserve", "0"]
+    assert cli.main([*argv[:-2], *room]) == 0
+    assert "the recipe does not fit as it is: try --training.micro_batch_size 1\n" in capsys.readouterr().out
+    assert cli.main([*argv[:-2], "--gpu_memory", str(one / 2)]) == 0
+    assert "try --model.gradient_checkpointing true, or" in capsys.readouterr().out
+
+
+def test_what_each_way_keeps_is_said_for_the_recipes_precision() -> None:
+    made = recipe()
+    row = plan.Row(zero_of(made), True, plan.own_peak(made, CONFIG, 1))
+    bf16 = "\n".join(plan._legend(made, row))
+    assert "no DeepSpeed: " in bf16
+    assert "float32 copy" in bf16
+    in_float32 = plan._legend(
+        recipe(training={"precision": "fp32", "deepspeed": "zero2"}), dataclasses.replace(row, zero=Zero(2))
+    )
+    assert "no DeepSpeed" not in " ".join(in_float32)
+    assert "bf16" not in " ".join(in_float32)
+
+
+def test_adapters_are_planned_without_a_warning() -> None:
+    made = recipe(lora=LoraConfig(r=4), quantization="nf4", gradient_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # past pyproject's own exceptions
+        plan.own_peak(made, CONFIG, 1)
 
 
 @pytest.mark.parametrize(
@@ -221,25 +266,103 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
     assert said in err
 
 
-def test_a_benchmark_gives_the_rate_of_its_arm_or_is_refused(tmp_path: Path) -> None:
+def report_of(
+    file: Path, *results: tuple[int, int, int, dict[str, float]], gpu: str | None = None, **overrides
+) -> Path:
+    """Results as (parameters, shortest, longest document, {arm: rate})."""
+    about = {"gpu": gpu, "cpu": "Xeon", "threads": 2, "date": "2026-11-23T17:25:17+00:00"}
+    made = [
+        {
+            "sizes": {"parameters": parameters},
+            "workload": {"batch": 4, "shortest": shortest, "longest": longest},
+            "summary": {arm: {"clean_tokens_per_s": {"median": rate}} for arm, rate in arms.items()},
+        }
+        for parameters, shortest, longest, arms in results
+    ]
+    file.write_text(json.dumps({"provenance": about, "options": {"overrides": overrides}, "results": made}))
+    return file
+
+
+def test_a_config_beside_the_recipe_is_named_and_a_misspelt_recipe_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path)
+    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", lambda _: (_ for _ in ()).throw(OSError("no network")))
+    assert cli.main(["plan", "--config", f"{folder}/recipe.yaml"]) == 1
+    assert f"give one with --model_config, such as {folder}/config.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--config", f"{folder}/recpe.yaml"])
+    assert f"no such file; did you mean {folder}/recipe.yaml?" in capsys.readouterr().err
+
+
+def test_of_several_rates_the_one_of_the_recipes_work_and_size_is_taken_and_not_the_fastest(tmp_path: Path) -> None:
+    made = recipe(attention="block", block_size=8)  # rows of 64: 32 clean tokens and a copy
+    file = report_of(
+        tmp_path / "b.json",
+        (int(1e6), 64, 64, {"block8": 900.0}),
+        (int(1e6), 32, 32, {"block8": 123.0, "block8_ar": 950.0, "block8_checkpointed": 960.0, "ar": 999.0}),
+        (int(1e6), 4, 32, {"block8": 980.0}),
+        (int(5e6), 32, 32, {"block8": 990.0}),
+    )
+    rate, source = benchmark_rate(file, made, int(1.02e6), "cpu")
+    assert (rate, source) == (123.0, "block 8 at 1M on rows of 64, measured on Xeon, 2 threads, 2026-11-23")
+    with_ar = recipe(attention="block", block_size=8, objective={"ar_weight": 1.0})
+    assert benchmark_rate(file, with_ar, int(1e6), "cpu")[0] == 950
+    assert (
+        benchmark_rate(file, recipe(attention="block", block_size=8, gradient_checkpointing=True), int(1e6), "cpu")[0]
+        == 960
+    )
+    longer = benchmark_rate(file, dataclasses.replace(made, data=DataConfig(train="x", seq_len=200)), int(1e6), "cpu")
+    assert longer == (
+        900.0,
+        "block 8 at 1M on rows of 128, the recipe's are 200, measured on Xeon, 2 threads, 2026-11-23",
+    )
+
+
+def test_a_rate_of_other_work_is_refused_with_what_the_report_holds(tmp_path: Path) -> None:
+    file = report_of(
+        tmp_path / "b.json", (int(1e6), 64, 64, {"block8": 1.0, "ar": 2.0}), (int(5e6), 32, 32, {"block8": 3.0})
+    )
     made = recipe(attention="block", block_size=8)
-    weights = plan.Planner(made, CONFIG, gpus=1).weights(False)
-    result = {
-        "sizes": {"parameters": weights.count},
-        "workload": {"batch": 4, "longest": 512},
-        "summary": {"block8": {"clean_tokens_per_s": {"median": 123.0}}},
-    }
-    file = tmp_path / "b.json"
-    file.write_text(json.dumps({"provenance": {"gpu": None, "cpu": "Xeon"}, "results": [result]}))
-    assert plan.benchmark_rate(file, made, weights) == (123.0, "block8, 4 x 512, Xeon")
-    with pytest.raises(ValueError, match="has no arm bidirectional"):
-        plan.benchmark_rate(file, recipe(), weights)
+    holds = "found: block 8 at 1M, 5M on rows of 64, 128; AR by transformers.Trainer at 1M on rows of 64"
+    others = (
+        recipe(attention="block", block_size=8, lora=LoraConfig(r=4)),
+        recipe(attention="block", block_size=8, training={"precision": "fp32"}),
+        recipe(attention="block", block_size=16),
+        recipe(),
+        recipe(objective={"name": "ar"}),  # the plain Trainer's rate is not that of our control arm
+        dataclasses.replace(made, data=DataConfig(train="x", seq_len=512)),
+    )
+    for other in others:
+        with pytest.raises(ValueError, match=holds):
+            benchmark_rate(file, other, int(1e6), "cpu")
+    with pytest.raises(ValueError, match=holds):
+        benchmark_rate(file, made, int(2e6), "cpu")
+    with pytest.raises(
+        ValueError, match="measured on Xeon, 2 threads, 2026-11-23, and the plan is for device=cuda; add --device cpu"
+    ):
+        benchmark_rate(file, made, int(1e6), "cuda")
+    adapters = {"model.lora.r": 16}
+    of_lora = report_of(tmp_path / "l.json", (int(1e6), 32, 32, {"block8": 7.0}), gpu="H100", **adapters)
+    assert benchmark_rate(of_lora, others[0], int(1e6), "cuda")[0] == 7
+
+
+def test_every_shipped_training_benchmark_gives_the_rate_of_its_own_arms() -> None:
+    reports = [
+        p for p in (ROOT / "benchmarks" / "results").glob("*.json") if "plan" not in p.name and "convert" not in p.name
+    ]
+    for path in reports:
+        for result in json.loads(path.read_text())["results"]:
+            row = result["workload"]["longest"]
+            made = dataclasses.replace(recipe(), data=DataConfig(train="x", seq_len=row))
+            if "bidirectional" in result["summary"]:
+                wanted = result["summary"]["bidirectional"]["clean_tokens_per_s"]["median"]
+                assert benchmark_rate(path, made, result["sizes"]["parameters"], "cpu")[0] == wanted
+    assert len(reports) >= 5
 
 
 def test_planning_takes_no_memory_for_weights() -> None:
-    config = AutoConfig.from_pretrained(
-        Path(__file__).resolve().parents[1] / "recipes" / "qwen3-30b-a3b" / "config.json"
-    )
+    config = AutoConfig.from_pretrained(ROOT / "recipes" / "qwen3-30b-a3b" / "config.json")
     model = plan.Planner(recipe(), config, gpus=1)._model(True)
     assert sum(p.numel() for p in model.parameters()) > 30e9  # 122 GB if it were real
     assert all(p.fake_device.type == "cpu" and type(p.data).__name__ == "FakeTensor" for p in model.parameters())
