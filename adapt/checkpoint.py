@@ -150,7 +150,15 @@ def spec_and_tokenizer(
 ) -> tuple[DiffusionSpec, PreTrainedTokenizerBase]:
     """What a checkpoint is besides its weights; ValueError where the two do not go together."""
     trusted = {"trust_remote_code": trust_remote_code}
-    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder, **trusted), folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, **trusted)
+    except OSError as error:
+        if Path(folder).exists():
+            raise
+        raise ValueError(
+            f"checkpoint={folder}: no such folder here, and the Hub does not give it; give the path of a folder with config.json"
+        ) from error
+    spec = DiffusionSpec.of(config, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
     if tokenizer.mask_token_id != spec.mask_token_id:
         raise ValueError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +26,38 @@ _FREE = {
     *("training." + name for name in ("output_dir", "report_to", "resume", "save_steps")),
     *("training." + name for name in ("sample_prompt", "sample_steps")),
 }
+
+
+@contextmanager
+def hold(output_dir: Path) -> Iterator[None]:
+    """Inside, no other process may train in this folder, which is made if need be; ValueError while another one does.
+
+    The lock ends with the process, however that ends, and is not handed on to loader workers.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / ".lock"
+    with path.open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_nlink == 0:  # its holder ended between our opening it and our locking it
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            raise ValueError(
+                f"training.output_dir={output_dir}: another run writes to it ({lock.read().strip() or 'unknown process'}); "
+                "wait for it, stop it, or choose another folder"
+            ) from error
+        except OSError:
+            pass  # a filesystem without locks
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                output_dir.rmdir()  # where nothing was written
 
 
 def newest_checkpoint(recipe: Recipe) -> Path | None:

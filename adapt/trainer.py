@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     PrinterCallback,
     Trainer,
+    TrainingArguments,
 )
 
 from .arguments import wait_for_rank_zero
@@ -45,7 +47,7 @@ from .metrics import MetricsFile, Progress, RunningMetrics
 from .model import Term
 from .objective import ROWS_PER_GATHER, RowLoss, cross_entropy, diffusion_loss
 from .prepare import check_base, diffusion_checkpoint, prepared
-from .resume import newest_checkpoint, remove_unfinished, whole_checkpoints
+from .resume import hold, newest_checkpoint, remove_unfinished, whole_checkpoints
 from .rows import check_curriculum, packed_rows, summary, that_fit
 from .saving import facts, save_final, save_provenance, sealed_checkpoint
 from .trackers import RecipeInTrackers
@@ -240,15 +242,22 @@ def train(recipe: Recipe) -> Path:
     final = output_dir / "model"
     if final.exists():
         raise ValueError(
-            f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder or remove it"
+            f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder, with model.base={final} to go on "
+            "from it, or remove it"
         )
     check_base(recipe)
     args = training_arguments(recipe)
-    is_main = args.process_index == 0
     checkpoint = newest_checkpoint(recipe)
     about = facts(recipe, args.world_size)
     with args.main_process_first(local=False, desc="read the data"):
         rows = load_rows(recipe.data)
+    with hold(output_dir) if args.process_index == 0 else nullcontext():
+        return _train(recipe, args, checkpoint, about, rows)
+
+
+def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, about: dict[str, Any], rows: Any) -> Path:
+    """The run itself; rows: of the data, as `load_rows` reads them."""
+    output_dir, is_main = Path(recipe.training.output_dir), args.process_index == 0
     # 2. The checkpoint: converted first if it is a causal LM, and probed.
     with args.main_process_first(local=False, desc="convert"), whole_weights(args):
         folder = diffusion_checkpoint(recipe, output_dir, is_main)
@@ -320,6 +329,7 @@ def train(recipe: Recipe) -> Path:
                 f"SIGTERM: {whole_checkpoints(output_dir)[-1]} is saved; start the same command again to go on from it"
             )
         trainer.guard.told(trainer)
+        final = output_dir / "model"
         save_final(trainer, recipe, folder, final)
     return final
 

@@ -260,6 +260,31 @@ def test_resuming_where_logs_and_checkpoints_fall_apart_gives_the_same_curve(run
     assert list(losses(out)) == [1, 3, 4, 6]
 
 
+HOLDING = """
+import sys, pathlib, adapt.resume
+with adapt.resume.hold(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_until_that_has_ended(run, tmp_path) -> None:
+    out = run("alone", training__num_steps=1, training__save_steps=0)
+    shutil.rmtree(out / "model")
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(ValueError, match=rf"another run writes to it \(process {other.pid} on "):
+            run("alone", training__num_steps=1, training__save_steps=0)
+        assert not (out / "model").exists()
+    finally:
+        other.kill()
+        other.communicate()
+    assert (run("alone", training__num_steps=1, training__save_steps=0) / "model").is_dir()
+
+
 def test_only_the_newest_checkpoints_are_kept(run) -> None:
     out = run(training__save_steps=1, training__keep_checkpoints=2)
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"checkpoint-5", "checkpoint-6"}
