@@ -34,7 +34,6 @@ from transformers import (
 from . import adapters, weights
 from . import source as sources
 from .arguments import CommandParser
-from .attention import layer_windows
 from .checkpoint import ATTENTIONS, CLEAN_CONTEXTS, DTYPES, DiffusionSpec, check_model_folder
 from .embeddings import NewRows, embedding_names, per_layer_rows
 from .mapped import probe_in_place
@@ -157,7 +156,7 @@ def _read_base(base: str | Path, adapter: Path | None, scratch: Path, trust_remo
     """ValueError for what cannot be adapted, or is broken."""
     folder, revision = sources.fetch(base, scratch, trust_remote_code=trust_remote_code)
     config = sources.read_config(folder, base, trust_remote_code=trust_remote_code)
-    check_architecture(config, base)
+    sources.check_architecture(config, base)
     if adapter is not None:
         folder = adapters.merge_folder(folder, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
     shards = read_shards(folder)
@@ -191,19 +190,6 @@ def _check_weights_settings(dtype: str | None, pad_to_multiple_of: int | None, m
         raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: must be from 1 to {_MOST_PADDING}; try 64")
     if not 0 <= mask_init_std <= 1:
         raise ValueError(f"mask_init_std={mask_init_std}: must be from 0 to 1; try 0.02")
-
-
-def check_architecture(config: PretrainedConfig, base: str | Path) -> None:
-    """ValueError for what its config shows cannot be adapted: an encoder-decoder, several inputs, layers without attention."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted"
-        )
-    if config.get_text_config() is not config or {"audio_config", "vision_config"} & set(config.sub_configs):
-        raise ValueError(
-            f"base={base}: is multimodal ({config.model_type}); save its language model as a folder of its own first"
-        )
-    layer_windows(config)
 
 
 def _generation_config(source: Path, config: PretrainedConfig, base: str | Path) -> dict[str, Any]:

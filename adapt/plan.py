@@ -26,11 +26,11 @@ from transformers import AutoConfig, PretrainedConfig
 from .arguments import CommandParser
 from .checkpoint import DiffusionSpec, check_model_folder
 from .config import Recipe, check_files
-from .conversion import check_architecture
 from .footprint import Timeline, trace
 from .prepare import attention_kernel
 from .rate import benchmark_rate
 from .shape_model import shape_model
+from .source import check_architecture
 from .zero_memory import Peak, Weights, Zero, peak, zero_of, zero_stages
 
 COLUMNS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total")

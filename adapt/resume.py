@@ -47,8 +47,11 @@ def hold(output_dir: Path) -> Iterator[None]:
                 f"training.output_dir={output_dir}: another run writes to it ({lock.read().strip() or 'unknown process'}); "
                 "wait for it, stop it, or choose another folder"
             ) from error
-        except OSError:
-            pass  # a filesystem without locks
+        except OSError as error:  # a filesystem without locks
+            print(
+                f"training.output_dir={output_dir}: cannot be locked ({error.strerror}), so a second run in it would not be noticed",
+                file=sys.stderr,
+            )
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .attention import layer_windows
 from .shards import Shard, read_json
 from .staging import is_full_disk
 
@@ -98,6 +99,19 @@ def read_config(source: Path, base: str | Path, *, trust_remote_code: bool = Fal
     _check_sizes(raw, f"base={base}: config.json")
     with _one_line(f"base={base}: config.json makes no model"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def check_architecture(config: PretrainedConfig, base: str | Path) -> None:
+    """ValueError for what its config shows cannot be adapted: an encoder-decoder, several inputs, layers without attention."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"base={base}: is an encoder-decoder ({config.model_type}); only decoder-only causal LMs can be adapted"
+        )
+    if config.get_text_config() is not config or {"audio_config", "vision_config"} & set(config.sub_configs):
+        raise ValueError(
+            f"base={base}: is multimodal ({config.model_type}); save its language model as a folder of its own first"
+        )
+    layer_windows(config)
 
 
 def check_no_code(

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import adapt
-from adapt.conversion import check_architecture
 from adapt.prepare import default_kernel
+from adapt.source import check_architecture
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 REASONS = {

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from tiny_models import VOCABULARY
+from transformers import AutoTokenizer
 
 import adapt
 from adapt.cli import main as cli
@@ -149,6 +150,10 @@ def test_a_mistake_is_one_line_and_exit_code_1(folder, capsys, arguments, said):
         ("./nowhere", "checkpoint=./nowhere: no such folder"),
         ("base", "has no `diffusion` section; make it one with `adapt convert"),
         ("other tokenizer", "the tokenizer's mask token has the id None"),
+        (
+            "nobody/nothing-of-that-name",
+            "checkpoint=nobody/nothing-of-that-name: no such folder here, and the Hub does not",
+        ),
     ],
 )
 def test_a_folder_that_is_no_diffusion_checkpoint_is_refused(folder, base_folder, capsys, tmp_path, what, said):
@@ -171,3 +176,18 @@ def test_a_device_that_is_not_here_is_refused(folder, capsys):
         pytest.skip("there is a CUDA device")
     assert cli(["generate", folder, "--prompt", "a", "--device", "cuda"]) == 1
     assert "adapt generate: error: device=cuda: not usable here" in capsys.readouterr().err
+
+
+def test_a_mask_token_beyond_the_embedding_is_refused(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    config = json.loads((copied / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens([f"<|more{i}|>" for i in range(config["vocab_size"])], special_tokens=True)
+    tokenizer.add_special_tokens({"mask_token": f"<|more{config['vocab_size'] - 1}|>"})
+    tokenizer.save_pretrained(copied)
+    config["diffusion"]["mask_token_id"] = tokenizer.mask_token_id
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=rf"mask_token_id is {tokenizer.mask_token_id}, but the embedding has \d+ rows"
+    ):
+        adapt.load(copied, device="cpu")
