@@ -5,26 +5,26 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .checkpoint import DiffusionSpec as DiffusionSpec
-    from .checkpoint import load as load
-    from .conversion import convert as convert
-    from .likelihood import nelbo as nelbo
-    from .model import DiffusionLM as DiffusionLM
+    from .conversion.convert import convert as convert
+    from .decoding.likelihood import nelbo as nelbo
+    from .decoding.sampler import GenerateOutput as GenerateOutput
+    from .decoding.settings import SamplerConfig as SamplerConfig
+    from .lm import DiffusionLM as DiffusionLM
+    from .lm import load as load
     from .objective import diffusion_loss as diffusion_loss
-    from .sampler import GenerateOutput as GenerateOutput
-    from .sampler import SamplerConfig as SamplerConfig
-    from .trainer import train as train
+    from .spec import DiffusionSpec as DiffusionSpec
+    from .training.train import train as train
 
 _CONTENTS = {  # name -> the module that it lives in; imported on first use, so that `adapt --help` does not load torch
-    "DiffusionLM": "model",
-    "DiffusionSpec": "checkpoint",
-    "GenerateOutput": "sampler",
-    "SamplerConfig": "sampler",
-    "convert": "conversion",
+    "DiffusionLM": "lm",
+    "DiffusionSpec": "spec",
+    "GenerateOutput": "decoding.sampler",
+    "SamplerConfig": "decoding.settings",
+    "convert": "conversion.convert",
     "diffusion_loss": "objective",
-    "load": "checkpoint",
-    "nelbo": "likelihood",
-    "train": "trainer",
+    "load": "lm",
+    "nelbo": "decoding.likelihood",
+    "train": "training.train",
 }
 __all__ = sorted(_CONTENTS)
 

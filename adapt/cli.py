@@ -23,15 +23,21 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
-    "convert": Verb("adapt.conversion:main", "a causal LM (Hub id, folder or GGUF file) into a diffusion checkpoint"),
-    "plan": Verb("adapt.plan:main", "what a recipe will cost: memory of each GPU, largest micro-batch, time"),
-    "train": Verb("adapt.trainer:main", "train a recipe in one process (on N GPUs: deepspeed recipes/train.py ...)"),
-    "plot": Verb("adapt.plot:main", "the curves of several runs against tokens, as a figure and a table"),
+    "convert": Verb(
+        "adapt.conversion.convert:main", "a causal LM (Hub id, folder or GGUF file) into a diffusion checkpoint"
+    ),
+    "plan": Verb("adapt.planning.plan:main", "what a recipe will cost: memory of each GPU, largest micro-batch, time"),
+    "train": Verb(
+        "adapt.training.train:main", "train a recipe in one process (on N GPUs: deepspeed recipes/train.py ...)"
+    ),
+    "plot": Verb(
+        "adapt.training.watch.plot:main", "the curves of several runs against tokens, as a figure and a table"
+    ),
     "generate": Verb("adapt.generate:main", "write text, or fill blanks, by refining"),
     "compare": Verb("adapt_eval.compare:main", "quality and speed against the original, with intervals"),
     "lm_eval": Verb("adapt_eval.lm:main", "lm-eval's own command line, with `--model adapt`"),
-    "export": Verb("adapt.export:main", "a folder that works without this package"),
-    "doctor": Verb("adapt.doctor:main", "what this machine can run, and what is missing"),
+    "export": Verb("adapt.export.export:main", "a folder that works without this package"),
+    "doctor": Verb("adapt.doctor.doctor:main", "what this machine can run, and what is missing"),
     "quickstart": Verb("adapt.quickstart:main", "the whole path on a small model, on a laptop CPU"),
 }
 

@@ -10,67 +10,24 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import CommandParser
-from .checkpoint import load
-from .mask_token import text_ids
-from .model import DiffusionLM
-from .sampler import GenerateOutput, SamplerConfig
+from .decoding.sampler import GenerateOutput
+from .decoding.settings import SamplerConfig
+from .decoding.show import CanvasView
+from .lm import DiffusionLM, load
+from .tokens import left_padded, text_ids
 
 BLANK = re.compile(r" *\[\?(\d*)\]")  # a blank takes the place of " word": the space before it is part of its token
 
 _BLANK_MARK = "\ue000[?]\ue001"  # in private characters, so that a text may quote the mask token
-
-
-class CanvasView:
-    """A streamer that redraws the first row's canvas after each round: new tokens in bold, blanks as dots."""
-
-    def __init__(self, lm: DiffusionLM, num_prompt: int, file: TextIO | None = None) -> None:
-        self.lm, self.num_prompt, self.file = lm, num_prompt, file or sys.stderr
-        self.live = self.file.isatty()
-        self.round, self.lines, self.before = 0, 0, None
-
-    def put(self, value: Tensor) -> None:
-        self.round += 1
-        decode: Any = self.lm.tokenizer.decode
-        canvas = value[0, self.num_prompt :].tolist()
-        before = self.before or [self.lm.spec.mask_token_id] * len(canvas)
-        end = self.lm.tokenizer.eos_token_id
-        pieces: list[str] = []
-        run: list[int] = []
-        for i, token in enumerate(canvas):
-            if token == end or token == self.lm.spec.mask_token_id:
-                pieces += [decode(run), "·" if token != end else ""]
-                run = []
-            elif self.live and token != before[i]:
-                pieces += [decode(run), f"\033[1;32m{decode([token])}\033[0m"]
-                run = []
-            else:
-                run.append(token)
-        text = "".join([*pieces, decode(run)])
-        if self.live and self.lines:
-            print(f"\033[{self.lines}F\033[J", end="", file=self.file)
-        print(f"round {self.round:3d}  {text}", file=self.file, flush=True)
-        columns = shutil.get_terminal_size().columns
-        shown = f"round {self.round:3d}  " + re.sub(r"\033\[[\d;]*m", "", text)
-        self.lines = sum(max(1, math.ceil(len(line) / columns)) for line in shown.split("\n"))
-        self.before = canvas
-        if self.live:
-            time.sleep(0.05)  # a small model is faster than the eye
-
-    def end(self) -> None:
-        self.lines = 0
 
 
 def write(
@@ -78,10 +35,7 @@ def write(
 ) -> tuple[list[str], GenerateOutput]:
     """The continuations of the prompts, without special tokens, and the sampler's output."""
     tokenizer: Any = lm.tokenizer
-    rows = [torch.tensor(text_ids(tokenizer, prompt), dtype=torch.long) for prompt in prompts]
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    input_ids, attention_mask = left_padded(tokenizer, [text_ids(tokenizer, prompt) for prompt in prompts])
     num_prompt = input_ids.shape[1]
     output = lm.generate(
         input_ids,
@@ -89,7 +43,7 @@ def write(
         max_new_tokens=max_new_tokens,
         sampler=sampler,
         generator=torch.Generator(lm.device).manual_seed(seed),
-        streamer=CanvasView(lm, num_prompt) if show else None,
+        streamer=CanvasView(lm.tokenizer, lm.spec.mask_token_id, num_prompt) if show else None,
     )
     return lm.tokenizer.batch_decode(output.sequences[:, num_prompt:], skip_special_tokens=True), output
 
@@ -108,7 +62,7 @@ def fill(lm: DiffusionLM, text: str, sampler: SamplerConfig, seed: int, show: bo
         torch.tensor([ids]),
         sampler=sampler,
         generator=torch.Generator(lm.device).manual_seed(seed),
-        streamer=CanvasView(lm, 0) if show else None,
+        streamer=CanvasView(lm.tokenizer, lm.spec.mask_token_id, 0) if show else None,
     )
     return str(lm.tokenizer.decode(output.sequences[0], skip_special_tokens=True)), output
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from .arguments import CommandParser
-from .conversion import convert
+from .conversion.convert import convert
+from .decoding.settings import SamplerConfig
 from .extraction import TASK, write_dataset
-from .sampler import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _refuse_other_run(out: Path, settings: dict) -> None:
 
 
 def _smollm2(base: Path) -> None:
-    from .gguf_source import fetch_smollm2, gguf_to_folder
+    from .conversion.gguf import fetch_smollm2, gguf_to_folder
 
     gguf_to_folder(fetch_smollm2(), base)
 

@@ -78,8 +78,8 @@ def _run(
     from ablation_texts import write_base
     from transformers import AutoTokenizer
 
-    from adapt.config import parse_recipe
-    from adapt.trainer import train
+    from adapt.training.recipe import parse_recipe
+    from adapt.training.train import train
 
     # 1. The texts that are read once, and the recipe.
     arm = ARMS[task.arm]
@@ -149,7 +149,7 @@ def score(folder: Path, texts: list[Text], num_samples: int) -> dict[str, Any]:
     import torch
 
     from adapt import load
-    from adapt.likelihood import nelbo
+    from adapt.decoding.likelihood import nelbo
 
     # Probed at conversion. A model that a high learning rate has brought to one constant answer would fail here: it is a result.
     lm = load(folder, dtype=torch.float32, device="cpu", attn_implementation="sdpa_pieces", verify=False)

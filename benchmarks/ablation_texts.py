@@ -91,8 +91,8 @@ def read_prompts(file: Path, column: str, base: Path, longest: int) -> list[list
 
     Prompts of more than `longest` tokens are left out. Raises ValueError for a file without such a column of strings.
     """
-    from adapt.config import DataConfig
-    from adapt.data import load_rows
+    from adapt.training.data.examples import load_rows
+    from adapt.training.recipe import DataConfig
 
     found = load_rows(DataConfig(train=str(file), columns={"text": column}))["text"]
     if not all(isinstance(one, str) and one for one in found):

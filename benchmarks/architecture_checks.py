@@ -15,8 +15,10 @@ from architecture_sizes import SPAN, VOCABULARY
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapt.attention import Layout
-from adapt.model import DiffusionLM, hidden_states, output_head
+from adapt.attention.layout import Layout
+from adapt.lm import DiffusionLM
+from adapt.model.forward import hidden_states
+from adapt.model.head import output_head
 
 ATTENTIONS = ("bidirectional", "block", "prefix")
 ROUNDING = 1e-6

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import adapt
-from adapt.prepare import default_kernel
-from adapt.source import check_architecture
+from adapt.conversion.base_model import check_architecture
+from adapt.model.kernels import default_kernel
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 REASONS = {
@@ -247,7 +247,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("adapt.probe").setLevel(logging.ERROR)
+    logging.getLogger("adapt.probe.probe").setLevel(logging.ERROR)
     model_types = arguments.only.split(",") if arguments.only else MODEL_TYPES
     outcomes = []
     for outcome in try_all(model_types):

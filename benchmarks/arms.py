@@ -1,6 +1,6 @@
 """The arms: plain transformers.Trainer as its users write it, and ours as a recipe runs it. A new arm is a new line.
 
-Ours is `adapt.trainer.train` itself, and only a callback of transformers' own (worker.py) stands in the loop, so that what is
+Ours is `adapt.training.train.train` itself, and only a callback of transformers' own (worker.py) stands in the loop, so that what is
 timed is what users get.
 """
 
@@ -81,8 +81,8 @@ def run_plain(
 
 def run_ours(base: Path, documents: Path, workload: Workload, overrides: dict[str, Any], out: Path, steps: int) -> None:
     """The run of a recipe: packed rows, conversion and all."""
-    from adapt.config import parse_recipe
-    from adapt.trainer import train
+    from adapt.training.recipe import parse_recipe
+    from adapt.training.train import train
 
     settings = {
         "model.base": base,

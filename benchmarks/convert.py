@@ -204,7 +204,7 @@ def measure(given: Any) -> dict[str, Any]:
             shutil.rmtree(out)
         rounds.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    from adapt.manifest import versions  # after the last measurement: it imports torch
+    from adapt.training.checkpoints.seal import versions  # after the last measurement: it imports torch
 
     ratios = [row["cp"]["seconds"] / row["convert"]["seconds"] for row in rounds]
     return {

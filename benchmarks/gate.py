@@ -88,7 +88,7 @@ class Gate(TrainerCallback):
         if not hasattr(self.rows, "packing"):
             real = int(self.seen["attention_mask"].sum())
             return real, real
-        from adapt.data import lengths
+        from adapt.training.data.examples import lengths
 
         packing, examples = self.rows.packing, self.rows.examples
         documents = lengths(examples, "context") + lengths(examples, "target")

@@ -27,7 +27,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["adapt.trainer", "deepspeed", "kill_resume"])
+SERVER.set_forkserver_preload(["adapt.training.train", "deepspeed", "kill_resume"])
 
 
 class Killed(NamedTuple):

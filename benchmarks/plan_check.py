@@ -3,7 +3,7 @@
     python benchmarks/plan_check.py                              # all cases; writes results/plan-cpu.json
     python benchmarks/plan_check.py --only 30M,135M --out /tmp/check.json
 
-Each case is a run of `adapt.trainer.train` in a process of its own, with conversion, data and DeepSpeed as ever; random weights,
+Each case is a run of `adapt.training.train.train` in a process of its own, with conversion, data and DeepSpeed as ever; random weights,
 because memory depends on shapes alone. Measured is the peak resident size of steps 2 to the last (the kernel's VmHWM, reset
 when a step begins: loading and saving are not part of it), less a baseline: the same of a model of a few thousand parameters
 under the same settings, which is Python, libraries, data and what they allocate once. Planned is `adapt plan --device cpu`.
@@ -120,8 +120,8 @@ def run(path: str, argv: list[str]) -> None:
     import transformers.trainer
     from transformers import TrainerCallback
 
-    from adapt.config import parse_recipe
-    from adapt.trainer import train
+    from adapt.training.recipe import parse_recipe
+    from adapt.training.train import train
 
     class Stop(Exception):
         """Enough steps."""
@@ -153,9 +153,10 @@ def planned(size: str, argv: list[str]) -> dict[str, float]:
     """Bytes by kind, from the architecture alone."""
     from transformers import AutoConfig
 
-    from adapt.config import parse_recipe
-    from adapt.plan import COLUMNS, Planner
-    from adapt.zero_memory import zero_of
+    from adapt.planning.planner import Planner
+    from adapt.planning.table import COLUMNS
+    from adapt.planning.zero import zero_of
+    from adapt.training.recipe import parse_recipe
 
     recipe = parse_recipe(argv)
     config = AutoConfig.for_model(**SIZES[size])

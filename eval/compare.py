@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.arguments import CommandParser
-from adapt.checkpoint import DTYPES, check_model_folder, is_diffusion_checkpoint
+from adapt.files.model_folder import check_model_folder, is_diffusion_checkpoint
+from adapt.model.precision import DTYPES
 
 from . import provenance, speed
 from .caveats import caveats

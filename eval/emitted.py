@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adapt.mask_token import text_ids
+from adapt.tokens import text_ids
 
 
 class Stop:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adapt.likelihood import nelbo
-from adapt.mask_token import text_ids
+from adapt.decoding.likelihood import nelbo
+from adapt.tokens import text_ids
 
 _CHUNK = 8
 

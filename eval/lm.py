@@ -26,8 +26,8 @@ from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs,
 from tqdm import tqdm
 
 import adapt
-from adapt.likelihood import nelbo
-from adapt.mask_token import text_ids
+from adapt.decoding.likelihood import nelbo
+from adapt.tokens import text_ids
 
 from .emitted import Stop, count_tokens, emitted_text, end_of_text_ids
 from .model_args import MODEL_ARGS, model_args_help

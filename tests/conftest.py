@@ -22,7 +22,7 @@ os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.g
 import pytest
 
 if TYPE_CHECKING:
-    from adapt.model import DiffusionLM
+    from adapt.lm import DiffusionLM
 
 
 # first: pytest-xdist reads the groups in its own hook
@@ -87,7 +87,7 @@ def checkpoint_folder(
 
     "block/causal" and "block/block" are block attention of 4 tokens with that clean context.
     """
-    from adapt.conversion import convert
+    from adapt.conversion.convert import convert
 
     made: dict[tuple, Path] = {}
 

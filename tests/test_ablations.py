@@ -201,7 +201,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason(base_folder: Callable[[str], 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_is_a_recipe(name: str, tmp_path: Path) -> None:
-    from adapt.config import parse_recipe
+    from adapt.training.recipe import parse_recipe
 
     common = {"model.base": "b", "data.train": "d", "training.output_dir": tmp_path, "training.num_steps": 100}
     recipe = parse_recipe(recipe_arguments(ARMS[name], common, 100))

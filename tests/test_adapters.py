@@ -12,8 +12,8 @@ from tiny_models import VOCABULARY, build_tokenizer, save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
-from adapt import adapters
-from adapt.conversion import convert
+from adapt.conversion.convert import convert
+from adapt.files import adapters
 
 peft = pytest.importorskip("peft", reason="the peft package is not installed")
 TOKENS = torch.tensor([[5, 41, 7, 92, 13, 200, 3]])

@@ -19,8 +19,8 @@ from architecture_sizes import tiny_config, tiny_tokenizer  # noqa: E402
 from architectures import MODEL_TYPES, Outcome, class_of, tiny_model, try_one, write_table  # noqa: E402
 
 import adapt  # noqa: E402
-from adapt.model import output_head  # noqa: E402
-from adapt.prepare import default_kernel  # noqa: E402
+from adapt.model.head import output_head  # noqa: E402
+from adapt.model.kernels import default_kernel  # noqa: E402
 
 # transformers and torch warn of deprecations inside their own models.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,9 +40,9 @@ EAGER_ONLY = ("gemma2", "gpt_oss", "gptj")
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
     transformers.logging.disable_progress_bar()
-    logging.getLogger("adapt.probe").setLevel(logging.ERROR)  # that a plain load stays causal, for some
+    logging.getLogger("adapt.probe.probe").setLevel(logging.ERROR)  # that a plain load stays causal, for some
     yield
-    logging.getLogger("adapt.probe").setLevel(logging.NOTSET)
+    logging.getLogger("adapt.probe.probe").setLevel(logging.NOTSET)
     transformers.logging.enable_progress_bar()
 
 

@@ -5,8 +5,10 @@ import torch
 from tiny_models import WINDOW, config_of
 from transformers import MistralConfig, Qwen2Config
 
-from adapt.attention import Layout, attention_mask, layer_windows, mask_rule
-from adapt.model import hidden_states
+from adapt.attention.layout import Layout
+from adapt.attention.mask import attention_mask, mask_rule
+from adapt.attention.windows import layer_windows
+from adapt.model.forward import hidden_states
 
 # prompt of 3, two canvases of 2 on it; another document of 2; padding
 DOCUMENTS = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 2, 2, 0]])

@@ -279,7 +279,7 @@ def test_a_finished_run_is_not_touched(folder: Path, capsys) -> None:
 
 
 def test_a_bidirectional_checkpoint_is_no_base_for_the_control_arm(folder: Path, base: Path, capsys) -> None:
-    from adapt.conversion import convert
+    from adapt.conversion.convert import convert
 
     convert(base, folder / "dlm", attention="bidirectional")
     _, err = run(recipe_argv(folder / "dlm", Path("pairs.jsonl"), Path("out"), objective__name="ar"), capsys)

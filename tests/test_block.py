@@ -13,17 +13,18 @@ from training_fixtures import losses, metrics, recipe_argv, tiny_llama, write_ba
 from transformers import AutoConfig
 
 import adapt
-from adapt import trainer
-from adapt.attention import PADDING_DOCUMENT, Layout, attention_mask, mask_rule
-from adapt.canvases import Canvases
-from adapt.checkpoint import DiffusionSpec
-from adapt.collate import collate, pack
-from adapt.config import parse_recipe
-from adapt.likelihood import nelbo
-from adapt.model import hidden_states
-from adapt.noise import cart_weight
-from adapt.packing import Place
-from adapt.settings import NoiseConfig, ObjectiveConfig
+from adapt.attention.layout import PADDING_DOCUMENT, Layout
+from adapt.attention.mask import attention_mask, mask_rule
+from adapt.decoding.likelihood import nelbo
+from adapt.model.forward import hidden_states
+from adapt.noise.absorbing import cart_weight
+from adapt.spec import DiffusionSpec
+from adapt.training import train
+from adapt.training.data.batch import collate, pack
+from adapt.training.data.packing import Place
+from adapt.training.data.views import Canvases
+from adapt.training.recipe import parse_recipe
+from adapt.training.sections import NoiseConfig, ObjectiveConfig
 
 MASK, END, SIZE = 9, 1, 4
 EXAMPLES = [([2, 5, 6], [7, 8, END]), ([3], [4, 5, 6, 7, 8, 3, END]), ([8, 7, 6, 5], [4, END]), ([], [6, 5, 4, 3, END])]
@@ -255,7 +256,7 @@ def test_a_recipe_of_blocks_trains_and_leaves_a_block_checkpoint(tmp_path, clean
             **settings,
             model__attn_implementation=kernel,
         )
-        final = trainer.train(parse_recipe(argv))
+        final = train.train(parse_recipe(argv))
         curves[kernel] = list(losses(final.parent).values())
     assert curves["sdpa"] == pytest.approx(curves["sdpa_pieces"], rel=1e-5)
     spec = DiffusionSpec.of(AutoConfig.from_pretrained(final), final)
@@ -278,7 +279,7 @@ def test_a_recipe_of_random_noise_trains_on_every_token_of_the_target_and_says_s
         "training__num_steps": 30,
     }
     argv = recipe_argv(tmp_path / "base", tmp_path / "pairs.jsonl", tmp_path / "out", **settings)
-    final = trainer.train(parse_recipe(argv))
+    final = train.train(parse_recipe(argv))
     lines = metrics(final.parent)
     assert "mask_ratio" not in lines[0]  # every token is predicted, noised or not
     assert sum(line["nelbo"] for line in lines[-5:]) < 0.9 * sum(line["nelbo"] for line in lines[:5])

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from training_fixtures import tiny_llama
 
-from adapt.attention import PADDING_DOCUMENT, Layout, mask_rule
-from adapt.canvases import Canvases
-from adapt.checkpoint import DiffusionSpec
-from adapt.collate import collate, pack
-from adapt.model import Term, attach_loss, hidden_states
+from adapt.attention.layout import PADDING_DOCUMENT, Layout
+from adapt.attention.mask import mask_rule
+from adapt.model.forward import hidden_states
 from adapt.objective import cross_entropy
-from adapt.packing import Place
-from adapt.settings import NoiseConfig, ObjectiveConfig
+from adapt.spec import DiffusionSpec
+from adapt.training.data.batch import collate, pack
+from adapt.training.data.packing import Place
+from adapt.training.data.views import Canvases
+from adapt.training.loss.in_forward import Term, attach_loss
+from adapt.training.sections import NoiseConfig, ObjectiveConfig
 
 MASK, END = 9, 1
 EXAMPLES = [([2, 5, 6], [7, 8, END]), ([3], [4, 5, 6, 7, 8, 3, END]), ([8, 7, 6, 5], [4, END]), ([], [6, 5, END])]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adapt.config import Recipe, parse_recipe
-from adapt.settings import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from adapt.training.recipe import Recipe, parse_recipe
+from adapt.training.sections import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 
 MINIMAL = {
     "model": {"base": "some/model"},

@@ -17,12 +17,13 @@ from tiny_models import VOCABULARY, WINDOW, build_model, build_tokenizer, config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import adapt
-from adapt import weights
-from adapt.attention import Layout
-from adapt.checkpoint import DiffusionSpec
+from adapt.attention.layout import Layout
 from adapt.cli import main as cli
-from adapt.conversion import convert
-from adapt.model import hidden_states, output_head
+from adapt.conversion import copy_weights as weights
+from adapt.conversion.convert import convert
+from adapt.model.forward import hidden_states
+from adapt.model.head import output_head
+from adapt.spec import DiffusionSpec
 
 KINDS = ["llama", "qwen3", "gemma3", "gpt2"]
 ATTENTIONS = ["bidirectional", "prefix"]
@@ -172,17 +173,19 @@ def test_a_bidirectional_checkpoint_loaded_plainly_attends_as_our_explicit_mask(
 
 
 def _smollm2() -> Path | None:
-    from adapt.gguf_source import SMOLLM2, _default_cache
+    from adapt.conversion.gguf import SMOLLM2, _default_cache
 
     gguf = _default_cache() / Path(SMOLLM2.member).name
     return gguf if gguf.is_file() else None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(_smollm2() is None, reason="SmolLM2's GGUF is not in the cache (adapt.gguf_source.fetch_smollm2)")
+@pytest.mark.skipif(
+    _smollm2() is None, reason="SmolLM2's GGUF is not in the cache (adapt.conversion.gguf.fetch_smollm2)"
+)
 @torch.no_grad()
 def test_smollm2_from_its_gguf_keeps_its_causal_mode_and_attends_as_promised(tmp_path):
-    from adapt.gguf_source import load_gguf
+    from adapt.conversion.gguf import load_gguf
 
     gguf = _smollm2()
     assert gguf is not None
@@ -266,7 +269,7 @@ def _convert_and_die(base: Path, out: Path, at: str) -> None:
         try:
             sys.addaudithook(hook)
             if at == "probe":
-                adapt.mapped.probe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                adapt.probe.in_place.probe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             convert(base, out)
         finally:
             os._exit(0)
@@ -280,7 +283,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_its_result(base_fold
     _convert_and_die(base_folder("gemma3"), out, at)
     assert not out.exists()
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
-    assert adapt.checkpoint.is_diffusion_checkpoint(convert(base_folder("gemma3"), out, verify=False))
+    assert adapt.files.model_folder.is_diffusion_checkpoint(convert(base_folder("gemma3"), out, verify=False))
 
 
 @pytest.mark.parametrize(

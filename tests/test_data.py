@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 from training_fixtures import tiny_tokenizer
 
-from adapt.data import lengths, load_examples, load_rows
-from adapt.settings import DataConfig
+from adapt.training.data.examples import lengths, load_examples, load_rows
+from adapt.training.sections import DataConfig
 
 PAIRS = [{"prompt": "the cat", "completion": "sat on"}, {"prompt": "a", "completion": "dog ran ."}]
 CHAT = [
@@ -131,8 +131,8 @@ def test_blank_texts_are_passed_over(tmp_path: Path) -> None:
 def test_another_version_of_the_tokeniser_code_does_not_read_the_old_cache(tmp_path: Path, monkeypatch) -> None:
     path = write(tmp_path / "a.jsonl", PAIRS)
     before = load_examples(DataConfig(str(path)), TOKENIZER)
-    monkeypatch.setattr("adapt.data._TOKENISER_SOURCE", "changed")
-    monkeypatch.setattr("adapt.data._tokens", lambda tokenizer, text: [3])
+    monkeypatch.setattr("adapt.training.data.examples._TOKENISER_SOURCE", "changed")
+    monkeypatch.setattr("adapt.training.data.examples._tokens", lambda tokenizer, text: [3])
     assert load_examples(DataConfig(str(path)), TOKENIZER)["target"] != before["target"]
 
 

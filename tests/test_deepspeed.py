@@ -16,9 +16,9 @@ from test_trainer import losses_so_far
 from training_fixtures import finish, losses, metrics, recipe_argv, two_ranks, write_base, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapt import trainer
-from adapt.config import parse_recipe
-from adapt.guard import Terminated
+from adapt.training import train
+from adapt.training.interruption import Terminated
+from adapt.training.recipe import parse_recipe
 
 pytestmark = pytest.mark.distributed
 SETTINGS = {"training__num_steps": 16, "training__save_steps": 3}
@@ -46,7 +46,7 @@ def launch(folder: Path, free_port: int):
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> Path:
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "one", **SETTINGS)
-    return trainer.train(parse_recipe(argv)).parent
+    return train.train(parse_recipe(argv)).parent
 
 
 def assert_same_curve(found: Path, want: Path) -> None:
@@ -89,8 +89,8 @@ def test_the_command_leaves_no_process_group_whose_threads_could_abort_the_exit(
             raise Terminated("SIGTERM: saved")
         return folder / "model"
 
-    monkeypatch.setattr(trainer, "train", stands_for_training)
-    code = trainer.main(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "left"))
+    monkeypatch.setattr(train, "train", stands_for_training)
+    code = train.main(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "left"))
     assert code == (143 if terminated else 0)
     assert not dist.is_initialized()
 
@@ -113,7 +113,7 @@ def test_lora_the_mask_row_and_a_teacher_under_zero3_have_the_curve_of_one_rank(
     settings = {"model__lora": {"r": 4}, "training__num_steps": 6, "training__learning_rate": 0.02}
     settings |= {"objective__distill_weight": 0.5}
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "lora", **settings)
-    one = trainer.train(parse_recipe(argv)).parent
+    one = train.train(parse_recipe(argv)).parent
     finish(launch("lora-zero3", training__deepspeed="zero3", **settings))
     assert_same_curve(folder / "lora-zero3", one)
     taught = ([line["distill_kl"] for line in metrics(out)] for out in (folder / "lora-zero3", one))
@@ -138,7 +138,7 @@ def test_lora_with_accumulation_under_zero3_survives_sigkill_to_the_bit(launch, 
         assert all(torch.equal(found[name], want[name]) for name in want)
     # Accumulation changes nothing but rounding: the curve of one rank with all 8 rows at once.
     one = {**SETTINGS, "model__lora": {"r": 4}, "training__learning_rate": 0.02}
-    trainer.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "lora-one", **one)))
+    train.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "lora-one", **one)))
     found, want = losses(folder / "lora-whole"), losses(folder / "lora-one")
     assert list(found.values()) == pytest.approx(list(want.values()), rel=2e-5)
 

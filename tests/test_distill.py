@@ -12,14 +12,14 @@ from torch.distributions import Categorical, kl_divergence
 from training_fixtures import losses, metrics, recipe_argv, tiny_llama, write_base, write_pairs
 from transformers import AutoModelForCausalLM
 
-from adapt import trainer
-from adapt.attention import Layout
-from adapt.checkpoint import DiffusionSpec
-from adapt.collate import collate, pack
-from adapt.config import parse_recipe
-from adapt.distill import Teacher
-from adapt.model import hidden_states
-from adapt.packing import Place
+from adapt.attention.layout import Layout
+from adapt.model.forward import hidden_states
+from adapt.spec import DiffusionSpec
+from adapt.training import train, trainer
+from adapt.training.data.batch import collate, pack
+from adapt.training.data.packing import Place
+from adapt.training.loss.distill import Teacher
+from adapt.training.recipe import parse_recipe
 
 KINDS = ["prefix", "bidirectional", "block"]
 
@@ -100,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def curve(folder: Path, name: str, **settings) -> list[float]:
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", folder / name, **settings)
-    return list(losses(trainer.train(parse_recipe(argv)).parent).values())
+    return list(losses(train.train(parse_recipe(argv)).parent).values())
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adapt import doctor
+from adapt.doctor import doctor
 
 
 def run(*argv: str, **env: object) -> subprocess.CompletedProcess[str]:
@@ -68,7 +68,7 @@ def test_a_lock_that_a_killed_build_left_is_named_and_one_in_use_is_not(
 
 
 def test_missing_libaio_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapt import nvme
+    from adapt.training.engine import nvme
 
     monkeypatch.setattr(nvme, "missing_for_nvme", lambda: "DeepSpeed's async_io needs libaio")
     (check,) = [check for check in doctor._deepspeed_ops() if check.name == "op async_io"]

@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from training_fixtures import losses, metrics, recipe_argv, write_base, write_pairs
 
-from adapt import build_locks, engine, trainer
-from adapt.config import parse_recipe
-from adapt.manifest import data_files
+from adapt.training import train
+from adapt.training.checkpoints.seal import data_files
+from adapt.training.engine import arguments as engine
+from adapt.training.engine import build_locks
+from adapt.training.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -29,7 +31,7 @@ import kill_resume  # noqa: E402
 # In each rank before it starts: at step 5 the loss of the last rank is not a number.
 NAN = """
 import math, os
-from adapt import trainer
+from adapt.training import train, trainer
 real, is_last = trainer.DiffusionTrainer.compute_loss, rank == int(os.environ.get("WORLD_SIZE", "1")) - 1
 def broken(self, model, inputs, *args, **kwargs):
     if is_last and self.state.global_step == BAD_STEP - 1:
@@ -65,7 +67,7 @@ def run(argv, tmp_path: Path):
     """Trains into tmp_path/NAME, here, and returns that folder."""
 
     def run(name: str = "out", **overrides) -> Path:
-        trainer.train(parse_recipe(argv(name, **overrides)))
+        train.train(parse_recipe(argv(name, **overrides)))
         return tmp_path / name
 
     return run
@@ -188,7 +190,7 @@ def fill_at(step: int) -> str:
     """In rank 0: from the save of that step on, no file may grow above 100 kB, as if the disk were full."""
     return f"""
 import resource
-from adapt import trainer
+from adapt.training import train, trainer
 real = trainer.DiffusionTrainer._save_checkpoint
 def full(self, *args):
     if rank == 0 and self.state.global_step == {step}:

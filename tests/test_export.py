@@ -20,14 +20,13 @@ from tiny_models import VOCABULARY
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 import adapt
-from adapt import custom_generate
-from adapt import export as export_module
 from adapt.cli import main as cli
-from adapt.conversion import convert
-from adapt.export import export
-from adapt.model_card import license_of
-from adapt.sampler import SamplerConfig
-from adapt.shards import INDEX
+from adapt.conversion.convert import convert
+from adapt.decoding.settings import SamplerConfig
+from adapt.export import custom_generate, export
+from adapt.export.export import export as export_module
+from adapt.export.model_card import license_of
+from adapt.files.safetensors_folder import INDEX
 
 # What decodes differently; every one of them with and without left padding.
 KINDS = {

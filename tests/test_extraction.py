@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from adapt import extraction, gguf_source
+from adapt import extraction
+from adapt.conversion import gguf as gguf_source
 from adapt.extraction import MAX_COMPLETION_CHARS, MAX_PROMPT_CHARS, TASK, examples, write_dataset
 from adapt.extraction_words import POOLS, SCHEMAS
 

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 import adapt
 from adapt.cli import main as cli
-from adapt.generate import CanvasView, fill, write
-from adapt.sampler import SamplerConfig
+from adapt.decoding.settings import SamplerConfig
+from adapt.decoding.show import CanvasView
+from adapt.generate import fill, write
 
 FIGURES = r"^\d+ tokens, \d+ forwards, \d+\.\d\d tokens per forward, [\d.]+ tokens/s$"
 
@@ -104,10 +105,10 @@ def test_on_a_terminal_a_round_is_drawn_over_the_last_one(diffusion_lm, monkeypa
             return True
 
     lm = diffusion_lm("qwen3", "prefix")
-    monkeypatch.setattr("adapt.generate.time.sleep", lambda _: None)
-    monkeypatch.setattr("adapt.generate.shutil.get_terminal_size", lambda: shutil.os.terminal_size((20, 24)))
+    monkeypatch.setattr("adapt.decoding.show.time.sleep", lambda _: None)
+    monkeypatch.setattr("adapt.decoding.show.shutil.get_terminal_size", lambda: shutil.os.terminal_size((20, 24)))
     terminal = Terminal()
-    view = CanvasView(lm, num_prompt=0, file=terminal)
+    view = CanvasView(lm.tokenizer, lm.spec.mask_token_id, num_prompt=0, file=terminal)
     import torch
 
     mask, word = lm.spec.mask_token_id, lm.tokenizer.encode("a")[0]

@@ -17,9 +17,9 @@ from transformers.models.gpt_neox.tokenization_gpt_neox import GPTNeoXTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
-from adapt import gguf_source
-from adapt.gguf_source import fetch_smollm2, gguf_to_folder, load_gguf, load_tokenizer
-from adapt.gguf_tokenizer import PROBE, RULES, pre_tokenizer_of
+from adapt.conversion import gguf as gguf_source
+from adapt.conversion.gguf import fetch_smollm2, gguf_to_folder, load_gguf, load_tokenizer
+from adapt.conversion.gguf_tokenizer import PROBE, RULES, pre_tokenizer_of
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 

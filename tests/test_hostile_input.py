@@ -22,7 +22,7 @@ from tiny_models import VOCABULARY, build_tokenizer, save_base
 from transformers import AutoConfig
 
 from adapt.cli import main as cli
-from adapt.conversion import convert
+from adapt.conversion.convert import convert
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from adapt.hybrid_noise import KINDS, T_MAX, T_MIN, corrupt, hybrid_elbo, hybrid_loss
-from adapt.noise import elbo_weight, generator_for, q_sample
+from adapt.noise.absorbing import elbo_weight, q_sample
+from adapt.noise.hybrid import KINDS, T_MAX, T_MIN, corrupt, hybrid_elbo, hybrid_loss
+from adapt.noise.keyed import generator_for
 from adapt.objective import token_nll
 
 V, MASK = 4, 1  # ids 0, 2, 3 are tokens; the mask sits between them and column 4 of the logits is padding

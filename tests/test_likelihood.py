@@ -7,10 +7,12 @@ import pytest
 import torch
 from tiny_models import VOCABULARY
 
-from adapt import likelihood
-from adapt.attention import Layout
-from adapt.likelihood import nelbo
-from adapt.model import DiffusionLM, hidden_states, output_head
+from adapt.attention.layout import Layout
+from adapt.decoding import likelihood
+from adapt.decoding.likelihood import nelbo
+from adapt.lm import DiffusionLM
+from adapt.model.forward import hidden_states
+from adapt.model.head import output_head
 
 CONTEXT, TARGET = [5, 17, 33], [80, 41, 9]
 

@@ -10,8 +10,9 @@ from tiny_models import VOCABULARY, build_model, build_tokenizer, save_base
 from transformers import AutoConfig, AutoTokenizer, Gemma3nTextConfig, Gemma4TextConfig, GenerationConfig
 
 import adapt
-from adapt.conversion import convert
-from adapt.mask_token import add_mask_token, text_ids
+from adapt.conversion.convert import convert
+from adapt.conversion.mask_token import add_mask_token
+from adapt.tokens import text_ids
 
 # What the tokenizers of these families call the rows that they keep for nobody.
 RESERVED = {
@@ -143,10 +144,10 @@ def test_blanks_become_the_mask_token_beside_its_quoted_string():
 
 def test_no_command_reads_a_blank_out_of_a_prompt_or_a_document(checkpoint_folder, tmp_path):
     """Training data, prompts, lm-eval's contexts, held-out text: none has a mask token; infilling has its blanks only."""
-    from adapt.config import DataConfig
-    from adapt.data import load_examples
+    from adapt.decoding.settings import SamplerConfig
     from adapt.generate import fill, write
-    from adapt.sampler import SamplerConfig
+    from adapt.training.data.examples import load_examples
+    from adapt.training.recipe import DataConfig
     from adapt_eval.heldout import windows_of
     from adapt_eval.lm import AdaptLM
 

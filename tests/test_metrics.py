@@ -21,9 +21,10 @@ import torch
 from training_fixtures import metrics, recipe_argv, tiny_tokenizer, write_base, write_pairs
 from transformers import TrainerControl, TrainerState
 
-from adapt import cli, trainer
-from adapt import metrics as reporting
-from adapt.config import parse_recipe
+from adapt import cli
+from adapt.training import train
+from adapt.training.recipe import parse_recipe
+from adapt.training.watch import metrics as reporting
 
 LINE = {
     **{"loss": 2.0, "nelbo": 1.5, "noised_nll": 3.25, "ar_nll": 0.875, "distill_kl": 0.25, "mask_ratio": 0.5},
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, tmp_path: Path):
     def run(name: str = "out", **overrides) -> Path:
         argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / name, **overrides)
-        return trainer.train(parse_recipe(argv)).parent
+        return train.train(parse_recipe(argv)).parent
 
     return run
 

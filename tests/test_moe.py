@@ -9,12 +9,12 @@ import torch
 from training_fixtures import finish, losses, recipe_argv, tiny_llama, tiny_tokenizer, two_ranks, write_pairs
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from adapt import trainer
-from adapt.attention import PADDING_DOCUMENT, Layout
-from adapt.config import parse_recipe
-from adapt.model import Term, attach_loss
-from adapt.moe import has_router_loss
+from adapt.attention.layout import PADDING_DOCUMENT, Layout
 from adapt.objective import cross_entropy
+from adapt.training import train
+from adapt.training.loss.in_forward import Term, attach_loss
+from adapt.training.loss.router import has_router_loss
+from adapt.training.recipe import parse_recipe
 
 
 def tiny_moe(*, router_aux_loss_coef: float = 0.3) -> Qwen3MoeForCausalLM:
@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.distributed
 def test_a_tiny_qwen3_moe_trains_alone_and_under_zero3_with_the_same_curve(folder: Path, free_port: int) -> None:
     settings = {"training__micro_batch_size": 4, "training__num_steps": 24, "training__learning_rate": 0.01}
-    trainer.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "one", **settings)))
+    train.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "one", **settings)))
     one = losses(folder / "one")
     assert sum(one[step] for step in (22, 23, 24)) < 0.8 * sum(one[step] for step in (1, 2, 3))
 
@@ -97,6 +97,6 @@ def test_a_tiny_qwen3_moe_trains_alone_and_under_zero3_with_the_same_curve(folde
     assert losses(folder / "two") == pytest.approx(one, rel=1e-5)
 
     settings["training__num_steps"] = 1
-    trainer.train(parse_recipe(recipe_argv(folder / "without", folder / "pairs.jsonl", folder / "dense", **settings)))
+    train.train(parse_recipe(recipe_argv(folder / "without", folder / "pairs.jsonl", folder / "dense", **settings)))
     # Even routing costs coefficient x experts chosen = 0.6 of the loss's 0.3 x 2.
     assert 0.6 <= one[1] - losses(folder / "dense")[1] < 1.2

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapt.noise import SCHEDULES, alpha, alpha_prime, complement_weight, elbo_weight, generator_for, q_sample, sample_t
+from adapt.noise.absorbing import SCHEDULES, alpha, alpha_prime, complement_weight, elbo_weight, q_sample, sample_t
+from adapt.noise.keyed import generator_for
 
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from adapt import objective
-from adapt.canvases import Canvases
-from adapt.checkpoint import DiffusionSpec
-from adapt.noise import SCHEDULES, elbo_weight, generator_for, q_sample, sample_t
+from adapt.noise.absorbing import SCHEDULES, elbo_weight, q_sample, sample_t
+from adapt.noise.keyed import generator_for
 from adapt.objective import cross_entropy, diffusion_loss, token_nll, weighted_loss
-from adapt.packing import Place
-from adapt.settings import NoiseConfig, ObjectiveConfig
+from adapt.spec import DiffusionSpec
+from adapt.training.data.packing import Place
+from adapt.training.data.views import Canvases
+from adapt.training.sections import NoiseConfig, ObjectiveConfig
 
 MASK = 9
 

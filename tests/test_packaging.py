@@ -137,6 +137,6 @@ def test_make_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_an_export_asks_for_the_versions_that_this_package_asks_for(pyproject: dict) -> None:
-    from adapt.export import REQUIREMENTS
+    from adapt.export.export import REQUIREMENTS
 
     assert set(REQUIREMENTS) <= set(pyproject["project"]["dependencies"])

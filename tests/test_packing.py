@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from adapt.packing import BUFFER, Packing
+from adapt.training.data.packing import BUFFER, Packing
 
 
 def _sizes(count: int, low: int, high: int) -> np.ndarray:

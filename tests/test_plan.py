@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from adapt import cli, footprint, plan
-from adapt.config import DataConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
-from adapt.rate import benchmark_rate
-from adapt.settings import LoraConfig
-from adapt.zero_memory import Weights, Zero, peak, zero_of
+from adapt import cli
+from adapt.planning import activations as footprint
+from adapt.planning import plan
+from adapt.planning.measured_rate import benchmark_rate
+from adapt.planning.zero import Weights, Zero, peak, zero_of
+from adapt.training.recipe import DataConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
+from adapt.training.sections import LoraConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = LlamaConfig(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from adapt import cli, plot
+from adapt import cli
+from adapt.training.watch import plot
 
 
 def write(folder: Path, lines: list[dict]) -> Path:
@@ -209,11 +210,11 @@ def test_what_cannot_be_drawn_is_told_in_one_line(two, tmp_path: Path, capsys, a
 def test_what_a_run_writes_can_be_drawn(tmp_path: Path, monkeypatch, capsys) -> None:
     from training_fixtures import metrics, recipe_argv, write_base, write_pairs
 
-    from adapt import trainer
-    from adapt.config import parse_recipe
+    from adapt.training import train
+    from adapt.training.recipe import parse_recipe
 
     base, data = write_base(tmp_path / "base"), write_pairs(tmp_path / "pairs.jsonl")
-    out = trainer.train(parse_recipe(recipe_argv(base, data, tmp_path / "run"))).parent
+    out = train.train(parse_recipe(recipe_argv(base, data, tmp_path / "run"))).parent
     monkeypatch.chdir(tmp_path)
     for key in metrics(out)[0].keys() - {"step"}:
         assert cli.main(["plot", str(out), "--y", key]) == 0

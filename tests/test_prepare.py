@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from adapt.config import DataConfig, ModelConfig, Recipe, TrainingConfig, parse_recipe
-from adapt.prepare import attention_kernel
-from adapt.trainer import train
+from adapt.training.recipe import DataConfig, ModelConfig, Recipe, TrainingConfig, parse_recipe
+from adapt.training.start_model import attention_kernel
+from adapt.training.train import train
 
 NO_DROPOUT = {"attention_dropout": 0.0}
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}

@@ -9,10 +9,10 @@ from tiny_models import build_model, config_of
 from transformers import BloomConfig
 
 import adapt
-from adapt.attention import Layout
-from adapt.checkpoint import DiffusionSpec
-from adapt.model import hidden_states
-from adapt.probe import probe
+from adapt.attention.layout import Layout
+from adapt.model.forward import hidden_states
+from adapt.probe.probe import probe
+from adapt.spec import DiffusionSpec
 
 
 def _bidirectional(kind: str, **changes):
@@ -29,7 +29,7 @@ def test_the_three_patterns_hold_and_only_plain_bidirectional_needs_no_mask(kind
 
 def test_stablelm_ignores_the_flag_and_says_so_and_is_right_with_the_mask(checkpoint_folder, caplog):
     folder = checkpoint_folder("stablelm", "bidirectional")
-    with caplog.at_level(logging.WARNING, logger="adapt.probe"):
+    with caplog.at_level(logging.WARNING, logger="adapt.probe.probe"):
         lm = adapt.load(folder, device="cpu", attn_implementation="sdpa")
     assert "StableLmForCausalLM ignores config.is_causal=False with sdpa attention" in caplog.text
     assert not lm.mask_free

@@ -12,8 +12,8 @@ from training_fixtures import finish, losses, recipe_argv, two_ranks, write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
-from adapt import lora, trainer
-from adapt.config import parse_recipe
+from adapt.training import lora, train
+from adapt.training.recipe import parse_recipe
 
 SETTINGS = {
     "model__quantization": "nf4",
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "nf4", **SETTINGS)
-    return trainer.train(parse_recipe(argv)).parent
+    return train.train(parse_recipe(argv)).parent
 
 
 def test_the_loss_falls_and_the_base_is_in_four_bits(run: Path, folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_two_ranks_have_the_curve_of_one(stage: str, folder: Path, run: Path, fr
     settings = {**SETTINGS, "training__deepspeed": stage, "training__micro_batch_size": 4, "training__num_steps": 4}
     settings["training__lr_scheduler"] = "constant"
     one = {**settings, "training__deepspeed": None, "training__micro_batch_size": 8}
-    trainer.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / f"1-{stage}", **one)))
+    train.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / f"1-{stage}", **one)))
     finish(two_ranks(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / stage, **settings), free_port))
     assert losses(folder / stage) == pytest.approx(losses(folder / f"1-{stage}"), rel=1e-5)
 
@@ -115,7 +115,7 @@ def test_eight_bit_adamw_keeps_its_moments_in_bytes_and_follows_adamws_curve(fol
     monkeypatch.setattr(bitsandbytes.optim.AdamW, "step", spy)
     for name in ("adamw_8bit", "adamw_torch"):
         settings = {"training__optimizer": name, "training__num_steps": 8}
-        trainer.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / name, **settings)))
+        train.train(parse_recipe(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / name, **settings)))
     assert torch.uint8 in dtypes
     found, want = losses(folder / "adamw_8bit"), losses(folder / "adamw_torch")
     assert found == pytest.approx(want, rel=0.02)

@@ -12,9 +12,9 @@ import torch
 from training_fixtures import losses, tiny_tokenizer, write_pairs
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapt import plan
-from adapt.config import parse_recipe
-from adapt.trainer import train
+from adapt.planning import plan
+from adapt.training.recipe import parse_recipe
+from adapt.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(p.relative_to(ROOT) for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "quickstart")

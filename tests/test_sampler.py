@@ -9,10 +9,13 @@ import torch
 from tiny_models import VOCABULARY
 from transformers import DynamicCache
 
-from adapt import sampler as sampler_module
-from adapt.attention import Layout
-from adapt.model import DiffusionLM, hidden_states, output_head
-from adapt.sampler import SamplerConfig, generate, infill
+from adapt.attention.layout import Layout
+from adapt.decoding import sampler as sampler_module
+from adapt.decoding.sampler import generate, infill
+from adapt.decoding.settings import SamplerConfig
+from adapt.lm import DiffusionLM
+from adapt.model.forward import hidden_states
+from adapt.model.head import output_head
 
 CANVAS = 9
 PROMPTS = [[5, 17, 33, 80, 41, 9, 120], [200, 7], [61, 62, 63, 64], [250, 3, 90, 14, 77]]
@@ -315,7 +318,7 @@ def test_a_blank_is_filled_in_sight_of_what_follows_it(diffusion_lm):
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda lm: lm.infill(torch.tensor([[1, 2]])), "a text has no blank; put the mask token <|mask|>"),
+        (lambda lm: lm.infill(torch.tensor([[1, 2]])), "a text has no blank; put the mask token (id "),
         (
             lambda lm: lm.infill(torch.tensor([[lm.spec.mask_token_id, 2]])),
             "the first token of a text has no predictor",

@@ -7,9 +7,9 @@ import shutil
 from huggingface_hub.utils import filter_repo_objects
 from tiny_models import build_tokenizer, save_base
 
-from adapt import source
 from adapt.cli import main as cli
-from adapt.conversion import convert
+from adapt.conversion import base_model as source
+from adapt.conversion.convert import convert
 
 _CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -23,9 +23,13 @@ from tiny_models import VOCABULARY
 from transformers import AutoModelForCausalLM
 
 import adapt
-from adapt import flushing, mapped, shards, staging, weights
 from adapt.cli import main as cli
-from adapt.conversion import convert
+from adapt.conversion import background as flushing
+from adapt.conversion import copy_weights as weights
+from adapt.conversion.convert import convert
+from adapt.files import safetensors_folder as shards
+from adapt.files import staging
+from adapt.probe import in_place as mapped
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -279,7 +283,7 @@ def test_stopped_at_any_write_it_leaves_no_half_folder_and_the_next_run_clears_u
         if status is None:
             break
         if out.exists():  # it was stopped after the rename
-            assert adapt.checkpoint.is_diffusion_checkpoint(out)
+            assert adapt.files.model_folder.is_diffusion_checkpoint(out)
             assert {path.name for path in out.iterdir()} >= {"model.safetensors", "tokenizer.json", "config.json"}
             shutil.rmtree(out)
         if how == signal.SIGKILL:

@@ -19,9 +19,9 @@ from training_fixtures import losses, metrics, recipe_argv, write_base, write_pa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
-from adapt import trainer
-from adapt.attention import Layout
-from adapt.config import parse_recipe
+from adapt.attention.layout import Layout
+from adapt.training import train, trainer
+from adapt.training.recipe import parse_recipe
 
 # float32, 6 steps of 8 rows on a random Llama of 19 k parameters: changes only with what a run computes.
 GOLDEN = [5.12463, 3.962331, 3.643181, 3.592923, 4.428326, 4.361698]
@@ -44,7 +44,7 @@ def run(base: Path, pairs: Path, tmp_path: Path):
     """Trains into tmp_path/NAME and returns that folder. Warnings are errors in here."""
 
     def run(name: str = "out", **overrides) -> Path:
-        trainer.train(parse_recipe(recipe_argv(base, pairs, tmp_path / name, **overrides)))
+        train.train(parse_recipe(recipe_argv(base, pairs, tmp_path / name, **overrides)))
         return tmp_path / name
 
     return run
@@ -261,8 +261,8 @@ def test_resuming_where_logs_and_checkpoints_fall_apart_gives_the_same_curve(run
 
 
 HOLDING = """
-import sys, pathlib, adapt.resume
-with adapt.resume.hold(pathlib.Path(sys.argv[1])):
+import sys, pathlib, adapt.training.checkpoints.resume
+with adapt.training.checkpoints.resume.hold(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -322,7 +322,8 @@ def test_a_conversion_for_another_recipe_is_not_trained(run) -> None:
 # A child that dies by SIGKILL while checkpoint 6 is half-written: the weights are there, the optimizer is not.
 DIES_IN_SAVE = """
 import os, signal, sys
-from adapt import cli, trainer
+from adapt import cli
+from adapt.training import train, trainer
 save = trainer.DiffusionTrainer._save_optimizer_and_scheduler
 def cut(self, folder):
     if folder.endswith("checkpoint-6"):

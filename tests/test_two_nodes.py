@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from training_fixtures import finish, losses, recipe_argv, write_base, write_pairs
 
-from adapt import trainer
-from adapt.config import parse_recipe
+from adapt.training import train
+from adapt.training.recipe import parse_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, list[str],
 def test_two_nodes_have_the_curve_of_one_process(nodes, tmp_path: Path, free_port: int) -> None:
     write_base(tmp_path / "base")
     write_pairs(tmp_path / "pairs.jsonl")
-    trainer.train(parse_recipe(recipe_argv(tmp_path / "base", tmp_path / "pairs.jsonl", tmp_path / "one")))
+    train.train(parse_recipe(recipe_argv(tmp_path / "base", tmp_path / "pairs.jsonl", tmp_path / "one")))
 
     (tmp_path / "hosts").write_text("# two nodes\n" + "".join(f"{address} slots=1\n" for address, _, _ in nodes))
     (tmp_path / "recipe.yaml").write_text("training: {deepspeed: zero2, micro_batch_size: 4}\n")

@@ -15,9 +15,10 @@ from training_fixtures import losses, metrics, recipe_argv, write_base, write_pa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
-from adapt import trainer, watch
-from adapt.config import parse_recipe
-from adapt.sampler import SamplerConfig
+from adapt.decoding.settings import SamplerConfig
+from adapt.training import train
+from adapt.training.recipe import parse_recipe
+from adapt.training.watch import samples as watch
 
 TRAIN = Path(__file__).resolve().parents[1] / "recipes" / "train.py"
 SAMPLED = {"training__sample_steps": 2}
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, tmp_path: Path):
     def run(name: str = "out", **overrides) -> Path:
         argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / name, **overrides)
-        return trainer.train(parse_recipe(argv)).parent
+        return train.train(parse_recipe(argv)).parent
 
     return run
 
@@ -241,6 +242,6 @@ def test_two_ranks_sample_what_one_does_and_their_curve_does_not_change(
     if (deepspeed, objective) == ("zero3", "nelbo"):  # where all ranks take part
         assert_same_run(watched, launch("alone"))
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / "one", objective__name=objective, **SAMPLED)
-    one = trainer.train(parse_recipe(argv)).parent
+    one = train.train(parse_recipe(argv)).parent
     assert list(losses(watched).values()) == pytest.approx(list(losses(one).values()), rel=2e-6)
     assert [sample["text"] for sample in samples(watched)] == [sample["text"] for sample in samples(one)]

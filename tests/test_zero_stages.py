@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from training_fixtures import finish, losses, recipe_argv, two_ranks, write_base, write_pairs
 
-from adapt import engine, nvme, trainer
-from adapt.config import parse_recipe
+from adapt.training import train
+from adapt.training.engine import arguments as engine
+from adapt.training.engine import nvme
+from adapt.training.recipe import parse_recipe
 
 # A rank's share of a weight goes to NVMe from 1 MiB on: 512 x 1024 / 2 float32.
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "initializer_range": 0.05}
@@ -36,7 +38,7 @@ def argv(folder: Path, out: str, **settings) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> dict[int, float]:
-    trainer.train(parse_recipe(argv(folder, "one")))
+    train.train(parse_recipe(argv(folder, "one")))
     return losses(folder / "one")
 
 
@@ -138,7 +140,7 @@ def test_a_run_of_two_ranks_goes_on_on_one_and_then_on_two_as_if_it_had_never_st
 ) -> None:
     schedule = {"base": "small", "training__lr_scheduler": "constant", "training__learning_rate": 0.01}
     whole = argv(folder, f"whole-{name}", **schedule, training__num_steps=12)
-    trainer.train(parse_recipe(whole))
+    train.train(parse_recipe(whole))
 
     out = f"moved-{name}"
     schedule |= {"training__save_steps": 4, "training__deepspeed": name, "training__micro_batch_size": 4}

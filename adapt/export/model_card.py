@@ -1,0 +1,183 @@
+"""The model card of an export: what the model is, how to use it, and what it was measured to do, warnings included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .. import __version__
+from ..decoding.settings import SamplerConfig
+from ..spec import DiffusionSpec
+
+TAGS = ["custom_generate", "diffusion", "masked-diffusion", "text-diffusion"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ATTENTION = {
+    "bidirectional": "Every token sees every token; each round recomputes the prompt.",
+    "prefix": "The prompt sees itself causally, the text being written sees the prompt and itself; the prompt is cached.",
+    "block": "Text is written in blocks of {block_size} tokens; a block sees itself and all before it, which is cached.",
+}
+
+
+def read_report(path: str | Path, checkpoint: Path) -> dict[str, Any]:
+    """The report.json of `adapt compare` about this checkpoint; ValueError where it is not one, or about other weights."""
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        adapted = report["provenance"]["arms"]["adapted"]
+        rows = [*report["quality"], *report["speed"], *report["likelihood"], *report["pareto"]]
+        assert all(isinstance(row, dict) for row in [adapted, *rows])
+        assert all(isinstance(warning, str) for warning in report["warnings"])
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"report={path}: no such file; give the report.json that `adapt compare` has written"
+        ) from error
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"report={path}: not a report.json of `adapt compare` ({error!r})") from error
+    from adapt_eval.provenance import safetensors_sha256
+
+    here: dict[str, Any] = {"config_sha256": hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()}
+    here["safetensors"] = {file.name: safetensors_sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
+    if any(name in adapted and adapted[name] != here[name] for name in here):
+        raise ValueError(
+            f"report={path}: is about {adapted.get('path')}, whose files are not those of {checkpoint}; compare this one"
+        )
+    return report
+
+
+def hub_base(spec: DiffusionSpec) -> str | None:
+    """The Hub id of the original model, None where it was a folder or file: only what came from the Hub has a revision."""
+    return spec.base_model if spec.base_revision and _HUB_ID.fullmatch(spec.base_model) else None
+
+
+def license_of(checkpoint: Path, spec: DiffusionSpec) -> str | None:
+    """The licence that the checkpoint's card names, or its base's, here or on the Hub; None where nobody says."""
+    for folder in (checkpoint, Path(spec.base_model)):
+        if (folder / "README.md").is_file():
+            try:
+                found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict().get("license")
+            except ValueError:  # no metadata, or not YAML
+                continue
+            if found:
+                return str(found)
+    if (base := hub_base(spec)) is not None:
+        try:
+            return ModelCard.load(base, ignore_metadata_errors=True).data.to_dict().get("license")
+        except Exception:  # offline, gone, private: a dozen unrelated types, and each means that nobody says
+            return None
+    return None
+
+
+def write_card(
+    path: Path,
+    name: str,
+    spec: DiffusionSpec,
+    sampler: SamplerConfig,
+    *,
+    license: str | None,
+    report: Mapping[str, Any] | None,
+    has_chat_template: bool,
+) -> None:
+    """Writes README.md with the metadata that the Hub reads."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        license=license,
+        base_model=hub_base(spec),
+        model_name=name if report else None,
+        eval_results=_eval_results(report) if report else None,
+    )
+    parts = [
+        f"# {name}",
+        _about(spec),
+        "## How to use",
+        _usage(name, spec, report, has_chat_template),
+        _settings(sampler),
+    ]
+    if report is not None:
+        from adapt_eval.report import render_markdown
+
+        parts.append(re.sub(r"^#", "##", render_markdown(report).strip(), flags=re.MULTILINE))
+    else:
+        parts += [
+            "## Comparison with the original",
+            "Not measured: `adapt compare` does it, and `adapt export --report` shows it.",
+        ]
+    text = "\n\n".join(parts)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(path)
+
+
+def _about(spec: DiffusionSpec) -> str:
+    source = f"[{spec.base_model}](https://huggingface.co/{spec.base_model})" if hub_base(spec) else spec.base_model
+    revision = f" at revision {spec.base_revision}" if spec.base_revision else ""
+    shift = "the token after it" if spec.shift_logits else "the token in its place"
+    return (
+        f"A diffusion language model, made from {source}{revision} with adapt-dlm {__version__}: it writes by refining. All "
+        "blanks are guessed at once, the sure guesses are kept, the others are blanked again.\n\n"
+        f"- attention: {spec.attention}. {_ATTENTION[spec.attention].format(block_size=spec.block_size)}\n"
+        f"- noise: {spec.noise}; mask token: id {spec.mask_token_id}; a hidden state predicts {shift}"
+    )
+
+
+def _usage(name: str, spec: DiffusionSpec, report: Mapping[str, Any] | None, has_chat_template: bool) -> str:
+    measured = (report or {}).get("provenance", {}).get("sampler") or {}
+    chosen = {k: v for k, v in measured.items() if v is not None and v != getattr(SamplerConfig(), k, None)}
+    more = "".join(f", {key}={value!r}" for key, value in sorted(chosen.items()))
+    note = "\nThese are the settings that the figures below were measured with.\n" if chosen else ""
+    prompt = (
+        '    [{"role": "user", "content": "..."}], add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+    )
+    inputs = (
+        f"inputs = tokenizer.apply_chat_template(\n{prompt})"
+        if has_chat_template
+        else 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
+    )
+    return f"""\
+With transformers alone (5.20 or newer). The decoding code is in `custom_generate/`, in plain sight; `trust_remote_code=True` runs it.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", padding_side="left")
+{inputs}
+output = model.generate(**inputs, custom_generate="{name}", trust_remote_code=True, max_new_tokens=64{more})
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+{note}
+`generate` without `custom_generate` writes left to right, which is not what these weights were trained to do.
+`infill=True` fills the blanks in a text, each of them a `tokenizer.mask_token`; `streamer=TextStreamer(tokenizer)` shows what
+is written as it settles."""
+
+
+def _settings(sampler: SamplerConfig) -> str:
+    rule = (
+        f"`threshold={sampler.threshold}`"
+        if sampler.tokens_per_step is None
+        else f"`tokens_per_step={sampler.tokens_per_step}`"
+    )
+    return (
+        f"Settings: `threshold` (keep guesses that are at least so probable) or `tokens_per_step` (keep so many a round), {rule} "
+        "if not said; `order` (`confidence` or `left_to_right`), `canvas_length`, `do_sample`, `temperature`, `top_p`, `seed`. "
+        "Defaults are in `generation_config.json`."
+    )
+
+
+def _eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["task"],
+            dataset_name=row["task"],
+            metric_type=row["metric"].split(",")[0],
+            metric_name=row["metric"],
+            metric_value=round(row["adapted"]["value"], 6),
+        )
+        for row in report["quality"]
+        if row["adapted"]["value"] is not None
+    ]

@@ -1,0 +1,166 @@
+"""A diffusion checkpoint in memory: an ordinary Hugging Face folder whose config.json has a `diffusion` section, loaded and proved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .decoding.sampler import GenerateOutput, generate, infill
+from .decoding.settings import SamplerConfig
+from .files import adapters
+from .files.json_file import read_json
+from .files.model_folder import check_loaded, check_model_folder, check_no_code
+from .model.precision import DTYPES
+from .probe.probe import probe
+from .spec import DiffusionSpec
+from .tokens import start_token_id
+
+
+@dataclass(frozen=True)
+class DiffusionLM:
+    """A diffusion language model: the Hugging Face model, its tokenizer, and the `diffusion` section of its config.
+
+    It is a `decoding.decoder.Decoder`: sampler and likelihood take it as it is.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: DiffusionSpec
+    mask_free: bool = False
+    """Plain bidirectional attention needs no explicit mask on this model (the probe has shown it)."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def end_of_text(self) -> int | None:
+        tokenizer: Any = self.tokenizer  # transformers types its token ids as anything
+        return tokenizer.eos_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer; the embedding may have more rows."""
+        return len(self.tokenizer)
+
+    @property
+    def start_token_id(self) -> int:
+        """What stands before a text whose first token needs a predictor: start-of-text, or else end-of-text."""
+        return start_token_id(self.tokenizer)
+
+    def generate(
+        self, input_ids: Tensor, *, max_new_tokens: int, sampler: SamplerConfig | None = None, **options
+    ) -> GenerateOutput:
+        """Writes `max_new_tokens` after each prompt [B, P] (left-padded) by refining blanks; see `decoding.sampler.generate`."""
+        return generate(self, input_ids, max_new_tokens=max_new_tokens, sampler=sampler or SamplerConfig(), **options)
+
+    def infill(self, input_ids: Tensor, *, sampler: SamplerConfig | None = None, **options) -> GenerateOutput:
+        """Fills the mask tokens of input_ids [B, L], wherever they are; see `decoding.sampler.infill`."""
+        return infill(self, input_ids, sampler=sampler or SamplerConfig(), **options)
+
+
+def load(
+    folder: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+) -> DiffusionLM:
+    """The checkpoint as a DiffusionLM in eval mode, on `device` (default: CUDA if there is one).
+
+    adapter: a PEFT folder to merge in. dtype: default is what the checkpoint was saved in. trust_remote_code: run Python files
+    that come with the model. verify: run the probe, which raises ValueError if the loaded weights do not attend as the
+    checkpoint promises.
+    """
+    # 1. Everything that can be refused before weights are read.
+    folder, adapter = adapters.base_and_adapter(folder, adapter)
+    check_model_folder(folder)
+    if Path(folder).is_dir() and not trust_remote_code:
+        check_no_code(read_json(Path(folder) / "config.json", f"checkpoint={folder}"), f"checkpoint={folder}")
+    device, dtype = _device(device), _dtype(dtype)
+    spec, tokenizer = spec_and_tokenizer(folder, trust_remote_code=trust_remote_code)
+    # 2. The weights, all of them.
+    model = _weights(folder, dtype, attn_implementation, trust_remote_code)
+    if adapter is not None:
+        model = adapters.merged(model, adapter)
+    model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    if spec.mask_token_id >= (rows := len(model.get_input_embeddings().weight)):  # pyright: ignore[reportArgumentType]
+        raise ValueError(
+            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the embedding has {rows} rows; convert again"
+        )
+    # 3. The proof.
+    mask_free = probe(model, spec.attention, spec.clean_context) if verify else False
+    return DiffusionLM(model, tokenizer, spec, mask_free)
+
+
+def spec_and_tokenizer(
+    folder: str | Path, *, trust_remote_code: bool = False
+) -> tuple[DiffusionSpec, PreTrainedTokenizerBase]:
+    """What a checkpoint is besides its weights; ValueError where the two do not go together."""
+    trusted = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **trusted)
+    except OSError as error:
+        if Path(folder).exists():
+            raise
+        raise ValueError(
+            f"checkpoint={folder}: no such folder here, and the Hub does not give it; give the path of a folder with config.json"
+        ) from error
+    spec = DiffusionSpec.of(config, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+    if tokenizer.mask_token_id != spec.mask_token_id:
+        raise ValueError(
+            f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has "
+            f"the id {tokenizer.mask_token_id}; keep the tokenizer files of the conversion beside the weights"
+        )
+    return spec, tokenizer
+
+
+def _weights(
+    folder: str | Path, dtype: torch.dtype | str | None, kernel: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    options = {name: value for name, value in (("dtype", dtype), ("attn_implementation", kernel)) if value is not None}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+    except ImportError as error:  # a kernel of a package that is not installed
+        raise ValueError(
+            f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention"
+        ) from error
+    model, loading = loaded
+    check_loaded(loading, f"checkpoint={folder}")
+    return model
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"device={device}: not usable here ({reason}); use cpu, or install torch for it") from error
+    return torch.device(device)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,70 @@
+"""Text to token ids and prompts to a batch: in a text the mask token's own string is text like any other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def text_ids(tokenizer: Any, text: str, *, blank: str | None = None, **options: Any) -> list[int]:
+    """Token ids of a text in which the mask token's own string is text like any other; options go to the tokenizer.
+
+    blank: a string that stands for the mask token instead; it must not occur in the text with any other meaning.
+    """
+    token = tokenizer.mask_token
+    if token is None or (blank is None and token not in text):
+        return tokenizer(text, **options)["input_ids"]
+    if not tokenizer.is_fast:  # slow ones cannot be told of one token alone
+        plain = {"split_special_tokens": True} if blank is None else {}
+        return tokenizer(text if blank is None else text.replace(blank, token), **plain, **options)["input_ids"]
+    renamed, marker_id = _with_another_name(tokenizer, blank)
+    ids = renamed(text, **options)["input_ids"]
+    if blank is None:
+        assert tokenizer.mask_token_id not in ids, "without its name the mask token cannot be written"
+        return ids
+    return [tokenizer.mask_token_id if i == marker_id else i for i in ids]
+
+
+_renamed: WeakKeyDictionary[Any, dict[str | None, tuple[Any, int | None]]] = WeakKeyDictionary()
+
+
+def _with_another_name(tokenizer: Any, name: str | None) -> tuple[Any, int | None]:
+    """(the tokenizer, whose mask token is called `name` or has no name at all; the id of that name)."""
+    made = _renamed.setdefault(tokenizer, {})
+    if name not in made:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        [entry] = [token for token in state["added_tokens"] if token["content"] == tokenizer.mask_token]
+        if name is None:
+            state["added_tokens"].remove(entry)
+        else:
+            entry["content"] = name
+        renamed = copy.deepcopy(tokenizer)
+        renamed._tokenizer = Tokenizer.from_str(json.dumps(state))
+        made[name] = renamed, None if name is None else renamed.backend_tokenizer.token_to_id(name)
+    return made[name]
+
+
+def start_token_id(tokenizer: Any) -> int:
+    """What stands before a text whose first token needs a predictor: start-of-text, or else end-of-text."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """What fills a row up where nobody looks: the tokenizer's padding token, or else end-of-text."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def left_padded(tokenizer: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(input_ids [B, P], attention_mask [B, P]) of prompts that all end in the last column."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    pad = pad_token_id(tokenizer)
+    input_ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side="left")
+    ones = [torch.ones_like(row) for row in tensors]
+    return input_ids, pad_sequence(ones, batch_first=True, padding_side="left")

@@ -1,0 +1,186 @@
+"""What a recipe means to transformers and DeepSpeed: the TrainingArguments, and the DeepSpeed config held against the recipe."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import SchedulerType, set_seed
+from transformers.training_args import OptimizerNames
+
+from ..recipe import Recipe
+from ..sections import TrainingConfig
+from ..watch.trackers import PROJECT
+from .build_locks import check_build_locks
+from .nvme import prepare_nvme
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+_BITSANDBYTES = tuple(kind.value for kind in OptimizerNames if "8bit" in kind.value or "paged" in kind.value)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    ours = recipe.training
+    set_seed(ours.seed)
+    for tracker in ours.report_to:
+        importlib.import_module(tracker)
+    _check_known("training.lr_scheduler", ours.lr_scheduler, [kind.value for kind in SchedulerType])
+    _check_known("training.optimizer", ours.optimizer, [kind.value for kind in OptimizerNames])
+    if recipe.model.quantization or ours.optimizer in _BITSANDBYTES:
+        importlib.import_module("bitsandbytes")  # if it is missing, now and not when weights are loaded
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation_steps = ours.accumulation_steps(world_size)
+    args = TrainingArguments(
+        output_dir=ours.output_dir,
+        max_steps=ours.num_steps or 1,
+        per_device_train_batch_size=ours.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps,
+        deepspeed=_deepspeed(ours, accumulation_steps),
+        learning_rate=ours.learning_rate,
+        lr_scheduler_type=ours.lr_scheduler,
+        lr_scheduler_kwargs=ours.lr_scheduler_options or None,
+        warmup_steps=ours.warmup_steps,
+        weight_decay=ours.weight_decay,
+        max_grad_norm=ours.max_grad_norm,
+        adam_beta2=ours.adam_beta2,
+        optim=ours.optimizer,
+        bf16=ours.precision == "bf16",
+        seed=ours.seed,
+        logging_steps=ours.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if ours.save_steps else "no",
+        save_steps=ours.save_steps or 500,
+        report_to=ours.report_to or "none",
+        run_name=os.path.basename(os.path.normpath(ours.output_dir)),
+        project=PROJECT,
+        dataloader_num_workers=recipe.data.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # or each pinned tensor is waited for
+        label_names=["targets"],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if torch.cuda.is_available() or world_size == 1 else "gloo",
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU: never transformers' nn.DataParallel over all it sees
+    return args
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What a run multiplies in, and what its final folder holds."""
+    return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+
+
+def _check_known(setting: str, value: str, allowed: list[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{setting}={value}: choose one of {', '.join(sorted(allowed))}")
+
+
+def check_schedule(ours: TrainingConfig, num_steps: int, is_main: bool) -> None:
+    """ValueError if the schedule refuses its options, which else shows only when all weights are loaded.
+
+    A warm-up that does not end within the run is said and not refused: recipes are tried with a few steps first.
+    """
+    if is_main and ours.lr_scheduler != "constant" and ours.warmup_steps >= num_steps:
+        print(
+            f"training.warmup_steps={ours.warmup_steps}: the run has {num_steps} steps, so it never trains at "
+            f"training.learning_rate={ours.learning_rate:g}; lower it",
+            file=sys.stderr,
+        )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=ours.learning_rate)
+    try:
+        transformers.get_scheduler(
+            ours.lr_scheduler,
+            optimizer,
+            ours.warmup_steps,
+            num_steps,
+            scheduler_specific_kwargs=ours.lr_scheduler_options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_options={ours.lr_scheduler_options}: training.lr_scheduler={ours.lr_scheduler} does not take "
+            f"them, or needs others: {error}"
+        ) from error
+
+
+def _deepspeed(ours: TrainingConfig, accumulation_steps: int) -> dict | None:
+    """The DeepSpeed config as the recipe wants it; ValueError where the JSON sets what the recipe owns to something else."""
+    if ours.deepspeed is None:
+        return None
+    # adapt_launch is the folder launch/ beside adapt/, under the name that it is installed as.
+    launch = importlib.import_module("adapt_launch")
+    config = launch.check_ds_config(
+        ours.deepspeed,
+        {
+            "train_batch_size": ("training.global_batch_size", ours.global_batch_size),
+            "train_micro_batch_size_per_gpu": ("training.micro_batch_size", ours.micro_batch_size),
+            "gradient_accumulation_steps": ("training.global_batch_size", accumulation_steps),
+            "gradient_clipping": ("training.max_grad_norm", ours.max_grad_norm),
+            "bf16.enabled": ("training.precision", ours.precision == "bf16"),
+            "optimizer.params.lr": ("training.learning_rate", ours.learning_rate),
+            "optimizer.params.weight_decay": ("training.weight_decay", ours.weight_decay),
+        },
+    )
+    offload = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
+    if offload != "none" and ours.optimizer not in _ADAMW:
+        # accelerate 1.15 swaps in DeepSpeed's CPU Adam, without weight decay's decoupling, and does not say so
+        raise ValueError(
+            f"training.optimizer={ours.optimizer}: training.deepspeed={ours.deepspeed} offloads the optimizer, which DeepSpeed "
+            f"does for AdamW only; choose one of {', '.join(_ADAMW)}, or a DeepSpeed config without offload_optimizer"
+        )
+    if offload == "nvme" and ours.save_steps:
+        # DeepSpeed 0.19.8: the resumed curve is off by 2e-4 in the next step and by 14% in the one after; from CPU it is right
+        raise ValueError(
+            f"training.save_steps={ours.save_steps}: DeepSpeed does not read an optimizer on NVMe back rightly, so a run cannot "
+            f"resume; set training.save_steps=0, or use a copy of {ours.deepspeed} with offload_optimizer.device=cpu"
+        )
+    # What keeps a gradient that is not finite from the weights; training.on_bad_loss rests on it.
+    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if config.get(section, {}).get(name) is False:
+            raise ValueError(
+                f"training.on_bad_loss={ours.on_bad_loss}: deepspeed.{section}.{name}=false in {ours.deepspeed} would let a bad "
+                "step into the weights; remove it from there"
+            )
+    import deepspeed
+    from deepspeed.runtime import utils
+
+    if not hasattr(utils, "is_invalid_grad_norm"):  # 0.18 updates the weights whatever the norm is
+        raise ValueError(
+            f"training.deepspeed={ours.deepspeed}: DeepSpeed {deepspeed.__version__} lets a bad step into the weights; run: "
+            "pip install --upgrade deepspeed"
+        )
+    check_build_locks()
+    prepare_nvme(ours, launch.nvme_sections(config))
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    if "MASTER_PORT" not in os.environ:
+        alone["MASTER_PORT"] = _free_port()
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))  # one process, started without the launcher
+    # Before ZeRO-3 scatters weights: accelerate initialises torch's process group on CPU, but not DeepSpeed's view of it.
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return config
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """Inside, from_pretrained loads whole weights on this rank; under ZeRO-3 it would scatter them over the ranks."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed is not None:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)

@@ -1,0 +1,68 @@
+"""ZeRO-3 offload to disk: where its files go, and what it needs."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from ..sections import TrainingConfig
+
+
+def prepare_nvme(ours: TrainingConfig, sections: list[dict[str, Any]]) -> None:
+    """Fills in where each offload section's files go; ValueError where there is no place, or no libaio to write with."""
+    setting = f"training.deepspeed={ours.deepspeed}"
+    if not sections:
+        if ours.nvme_path is not None:
+            raise ValueError(
+                f"training.nvme_path={ours.nvme_path}: {setting} puts nothing there; set training.deepspeed=zero3_nvme, or "
+                "leave nvme_path out"
+            )
+        return
+    for section in sections:
+        given = section.get("nvme_path", ours.nvme_path)
+        if given is None:
+            raise ValueError(
+                f"{setting}: needs training.nvme_path, a folder on a fast local disk (not a network disk), the same on every node"
+            )
+        if ours.nvme_path not in (None, given):
+            raise ValueError(
+                f"training.nvme_path={ours.nvme_path}: the JSON of {setting} says nvme_path={given}; leave it out of one"
+            )
+        section["nvme_path"] = given
+    if missing := missing_for_nvme():
+        raise ValueError(f"{setting}: {missing}, or use training.deepspeed=zero3_offload")
+    run = hashlib.sha256(os.path.abspath(ours.output_dir).encode()).hexdigest()[:12]
+    for section in sections:
+        # A folder of this run and rank: DeepSpeed empties what it finds, which may be another run's, and cleans up nothing.
+        own = Path(section["nvme_path"]) / f"adapt-{run}" / f"rank{os.environ.get('RANK', '0')}"
+        shutil.rmtree(own, ignore_errors=True)
+        try:
+            own.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(
+                f"training.nvme_path={section['nvme_path']}: cannot write there ({error.strerror}); give a folder on a local disk"
+            ) from error
+        section["nvme_path"] = str(own)
+        atexit.register(_remove_with_empty_parent, own)
+
+
+def missing_for_nvme() -> str | None:
+    """What DeepSpeed's NVMe offload lacks on this machine, and the command that brings it; None if nothing."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
+
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        compatible = AsyncIOBuilder().is_compatible(verbose=False)
+    if compatible:
+        return None
+    return "DeepSpeed's async_io needs libaio, which is not here; apt-get install libaio-dev (yum install libaio-devel)"
+
+
+def _remove_with_empty_parent(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()  # the last rank of the run removes it

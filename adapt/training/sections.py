@@ -1,0 +1,308 @@
+"""The settings of a recipe, one frozen dataclass a section, which validates its own fields. `config.py` puts them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..noise.absorbing import SCHEDULES
+
+
+def _one_of(setting: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{setting}={value}: choose one of {', '.join(sorted(allowed))}")
+
+
+def _between(setting: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise ValueError(f"{setting}={value}: must be at least {low} and below {high}")
+
+
+def _at_least(setting: str, value: float | None, minimum: float) -> None:
+    if value is not None and value < minimum:
+        raise ValueError(f"{setting}={value}: must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters instead of full fine-tuning; the mask token's embedding row is trained besides."""
+
+    r: int = 16
+    """rank"""
+    alpha: int = 32
+    """scale; the update is alpha / r"""
+    dropout: float = 0.0
+    """probability"""
+    target_modules: str | list[str] = "all-linear"
+    """names of the adapted layers, as peft takes them"""
+
+    def __post_init__(self) -> None:
+        _at_least("model.lora.r", self.r, 1)
+        _between("model.lora.dropout", self.dropout, 0, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    base: str
+    """Hub id, folder, or .gguf file; a diffusion checkpoint is trained on as it is, a causal LM is converted first"""
+    attention: str | None = None
+    """bidirectional, block or prefix. None = a diffusion checkpoint's own; a causal LM is converted to prefix"""
+    block_size: int | None = None
+    """tokens refined together, which attention=block needs; blocks are counted from the start of the text"""
+    clean_context: str | None = None
+    """how finished blocks see each other: causal (as in the base; the default of block) or block; used at conversion"""
+    shift_logits: bool | None = None
+    """hidden state i predicts token i+1, as the AR head was trained to. None = a diffusion checkpoint's own; else false"""
+    mask_token: str | None = None
+    """default: a reserved unused special token, else a new <|mask|>; used at conversion"""
+    attn_implementation: str | None = None
+    """flex_attention (GPU); sdpa_pieces: SDPA on the parts of the pattern that are seen; sdpa and eager: a dense mask. None =
+    flex_attention on a GPU, where transformers trains the model with it; else sdpa_pieces, or sdpa with torch_compile and where the
+    model does not take the pieces, or eager where transformers knows no other"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a quarter slower"""
+    torch_compile: bool = False
+    """compile the decoder layers, and pad every row to seq_len so that they have one shape"""
+    lora: LoraConfig | None = None
+    """None = full fine-tuning"""
+    quantization: str | None = None
+    """nf4: the frozen base is held in 4 bits and model.lora is trained on it (QLoRA, bitsandbytes)"""
+
+    def __post_init__(self) -> None:
+        if self.attention is not None:
+            _one_of("model.attention", self.attention, ("bidirectional", "block", "prefix"))
+        if (self.block_size is None) == (self.attention == "block"):
+            raise ValueError(
+                f"model.block_size={self.block_size}: "
+                + (
+                    "model.attention=block needs one; try 16 or 32"
+                    if self.attention == "block"
+                    else "belongs to model.attention=block; set that, or leave it out"
+                )
+            )
+        if self.clean_context is not None:
+            _one_of("model.clean_context", self.clean_context, ("block", "causal"))
+            if self.attention != "block":
+                raise ValueError(
+                    f"model.clean_context={self.clean_context}: belongs to model.attention=block; leave it out"
+                )
+        _at_least("model.block_size", self.block_size, 1)
+        if self.attn_implementation is not None:
+            kernels = ("eager", "flex_attention", "sdpa", "sdpa_pieces")
+            _one_of("model.attn_implementation", self.attn_implementation, kernels)
+        if self.torch_compile and self.attn_implementation == "sdpa_pieces":
+            raise ValueError(
+                "model.attn_implementation=sdpa_pieces: its pieces change from batch to batch, each a compilation; with "
+                "model.torch_compile=true use flex_attention or sdpa"
+            )
+        if self.quantization is None:
+            return
+        _one_of("model.quantization", self.quantization, ("nf4",))
+        if self.lora is None:
+            raise ValueError(
+                "model.quantization=nf4: 4-bit weights cannot be trained themselves; set model.lora, such as {r: 16}"
+            )
+        if self.torch_compile:
+            raise ValueError("model.quantization=nf4: does not go with model.torch_compile=true; set one of them back")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | list[str]
+    """json, jsonl (also .gz), parquet or txt files, or a Hub dataset id; rows of text, prompt/completion or messages"""
+    split: str = "train"
+    """which split of a Hub dataset"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """ours: theirs, such as {prompt: question, completion: answer}"""
+    seq_len: int = 512
+    """tokens in a packed row, the unit of a batch"""
+    canvas_length: int | None = None
+    """tokens; a completion is followed by end-of-text up to a random length of at most this, so that a canvas of any length
+    up to it can be decoded. None = one end-of-text"""
+    canvas_start: str = "prompt"
+    """prompt: a canvas holds the whole target; anywhere: it is a stretch of canvas_length tokens of it, after a clean start,
+    so that a text longer than a canvas can be written canvas after canvas (prefix attention)"""
+    too_long: str = "error"
+    """what to do with an example that does not fit into seq_len: drop or error. Plain text is cut into pieces instead"""
+    num_workers: int = 0
+    """processes that tokenise and draw noise; 0 = the training process itself"""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train=[]: give at least one file, or a Hub dataset id")
+        _one_of("data.too_long", self.too_long, ("drop", "error"))
+        _one_of("data.canvas_start", self.canvas_start, ("anywhere", "prompt"))
+        if self.canvas_length is not None and self.canvas_length > self.seq_len:
+            raise ValueError(
+                f"data.canvas_length={self.canvas_length}: longer than a row of data.seq_len={self.seq_len}; lower it, or "
+                "raise data.seq_len"
+            )
+        if self.canvas_start == "anywhere" and self.canvas_length is None:
+            raise ValueError(
+                "data.canvas_start=anywhere: needs data.canvas_length, the tokens of a canvas; try 8 or 16"
+            )
+        _at_least("data.seq_len", self.seq_len, 8)
+        _at_least("data.canvas_length", self.canvas_length, 1)
+        _at_least("data.num_workers", self.num_workers, 0)
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    kind: str = "absorbing"
+    """absorbing: blanks are mask tokens; uniform: random tokens; hybrid: both (GIDD, arXiv:2503.04482)"""
+    schedule: str = "linear"
+    """alpha_t = 1 - t (linear) or cos(pi/2 t) (cosine)"""
+    t_min: float = 1e-3
+    """smallest time drawn; bounds elbo_weight"""
+    t_max: float = 1.0
+    """largest time drawn; with t_min a band of mask ratios (LLaDA2 trains at 0.3 to 0.8)"""
+    p_uniform: float = 0.1
+    """hybrid noise: share of random tokens among noised ones at t = 1/2"""
+
+    def __post_init__(self) -> None:
+        _one_of("noise.kind", self.kind, ("absorbing", "hybrid", "uniform"))
+        _one_of("noise.schedule", self.schedule, SCHEDULES)
+        if not 0 < self.t_min < 1:
+            raise ValueError(f"noise.t_min={self.t_min}: must lie between 0 and 1")
+        if not self.t_min < self.t_max <= 1:
+            raise ValueError(f"noise.t_max={self.t_max}: must lie above noise.t_min={self.t_min}, up to 1")
+        if not 0 < self.p_uniform < 1:
+            raise ValueError(f"noise.p_uniform={self.p_uniform}: must lie between 0 and 1")
+        if self.kind != "absorbing" and self.schedule != "linear":
+            raise ValueError(
+                f"noise.schedule={self.schedule}: noise.kind={self.kind} has a schedule of its own; use linear"
+            )
+
+    @property
+    def covers_all_times(self) -> bool:
+        """Whether the times drawn reach (almost) from 0 to 1, which a bound and complementary views need."""
+        return self.t_min <= 0.01 and self.t_max >= 0.99
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = "nelbo"
+    """nelbo (masked diffusion) or ar (next token: the control arm)"""
+    weight: str = "elbo"
+    """elbo: each noised token weighs -alpha'/(1-alpha), an upper bound on NLL; uniform: all weigh alike, less variance;
+    cart: more the more clean tokens stand near it (Dream, arXiv:2508.15487)"""
+    views: int = 1
+    """noisy canvases of each example and step; with prefix attention they share one clean prompt"""
+    complementary: bool = False
+    """views come in pairs that together noise every token exactly once (Fast-dLLM v2, LLaDA2)"""
+    ar_weight: float = 0.0
+    """weight of the next-token loss on the clean target that canvases hang off; free with block attention and clean_context
+    causal; with prefix attention it needs data.canvas_start=anywhere"""
+    anneal_steps: int = 0
+    """steps over which the right window of the canvas opens from causal to bidirectional; 0 = bidirectional at once"""
+    block_sizes: dict[int, int] = field(default_factory=dict)
+    """curriculum of block attention, step: block size from there on, such as {0: 1, 200: 4, 600: 32}; the last must be
+    model.block_size (warm-up, stable, decay: LLaDA2.0). Empty = model.block_size throughout"""
+    distill_weight: float = 0.0
+    """weight of KL(original || adapted) at the noised tokens, against the frozen original's next-token distribution there; with
+    LoRA the original is the same weights with the adapter off"""
+
+    def __post_init__(self) -> None:
+        _one_of("objective.name", self.name, ("ar", "nelbo"))
+        _one_of("objective.weight", self.weight, ("cart", "elbo", "uniform"))
+        _at_least("objective.views", self.views, 1)
+        _at_least("objective.ar_weight", self.ar_weight, 0)
+        _at_least("objective.anneal_steps", self.anneal_steps, 0)
+        _at_least("objective.distill_weight", self.distill_weight, 0)
+        if self.block_sizes and (min(self.block_sizes) != 0 or min(self.block_sizes.values()) < 1):
+            raise ValueError(
+                f"objective.block_sizes={self.block_sizes}: maps steps to block sizes of at least 1, and must say the one of step "
+                "0, such as {0: 1, 200: 4, 600: 32}"
+            )
+        if self.complementary and self.views % 2:
+            raise ValueError(f"objective.views={self.views}: complementary views come in pairs; use an even number")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    output_dir: str
+    """holds config.yaml, metrics.jsonl, checkpoints/ and, at the end, model/"""
+    num_steps: int | None = None
+    """optimizer steps; None = what num_epochs needs"""
+    num_epochs: float | None = None
+    """passes over the data; give this or num_steps"""
+    global_batch_size: int = 8
+    """packed rows in an optimizer step, over all ranks and accumulation"""
+    micro_batch_size: int = 8
+    """packed rows in one forward of one rank; accumulation follows from the world size"""
+    learning_rate: float = 1e-4
+    """peak"""
+    lr_scheduler: str = "cosine"
+    """a name that transformers knows: constant_with_warmup, cosine, linear, warmup_stable_decay ..."""
+    lr_scheduler_options: dict[str, int | float | str] = field(default_factory=dict)
+    """arguments of that schedule, such as {min_lr_rate: 0.1} for cosine_with_min_lr"""
+    warmup_steps: int = 0
+    """steps"""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    """clip; 0 = never"""
+    adam_beta2: float = 0.999
+    optimizer: str = "adamw_torch_fused"
+    """a name that transformers knows, such as adamw_torch_fused or adamw_8bit"""
+    precision: str = "bf16"
+    """bf16 or fp32; under DeepSpeed bf16 keeps fp32 master weights, without it bf16 is autocast"""
+    seed: int = 0
+    """keys the data order and the noise"""
+    logging_steps: int = 1
+    """steps"""
+    sample_steps: int = 0
+    """steps between samples decoded from the model as it is, shown beside the last one and kept in samples.jsonl; 0 = never"""
+    sample_prompt: str | None = None
+    """what a sample continues, as it is; None = the context of the first training example"""
+    save_steps: int = 0
+    """steps between checkpoints; 0 = none: the run cannot resume, but the final model is written"""
+    keep_checkpoints: int = 2
+    """older ones are deleted"""
+    resume: bool = True
+    """continue from the newest complete checkpoint in output_dir, if there is one"""
+    on_bad_loss: str = "stop"
+    """what to do when a step's loss or gradient is not finite, or explodes: stop, naming its examples, or skip its update and
+    count it; either way it never reaches the weights"""
+    max_loss_ratio: float | None = None
+    """a loss above this many medians of the last 64 logged ones has exploded; None = never"""
+    report_to: list[str] = field(default_factory=list)
+    """any of tensorboard, trackio, wandb; metrics.jsonl is written always"""
+    deepspeed: str | None = None
+    """a JSON file, or the name of one that ships: zero0, zero1, zero2, zero3, zero2_offload, zero3_nvme, zero3_offload. None = plain"""
+    nvme_path: str | None = None
+    """a folder on a local disk, for deepspeed=zero3_nvme: weights and optimizer live there and not in memory"""
+
+    def __post_init__(self) -> None:
+        _one_of("training.precision", self.precision, ("bf16", "fp32"))
+        _one_of("training.on_bad_loss", self.on_bad_loss, ("skip", "stop"))
+        if self.max_loss_ratio is not None and self.max_loss_ratio <= 1:
+            raise ValueError(
+                f"training.max_loss_ratio={self.max_loss_ratio}: must be above 1, such as 3, or null for never"
+            )
+        for tracker in self.report_to:
+            _one_of("training.report_to", tracker, ("tensorboard", "trackio", "wandb"))
+        for name in ("global_batch_size", "micro_batch_size", "logging_steps", "keep_checkpoints"):
+            _at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("sample_steps", "save_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+            _at_least(f"training.{name}", getattr(self, name), 0)
+        if self.sample_prompt == "":
+            raise ValueError("training.sample_prompt='': is empty; write at least one word, or set it to null")
+        if self.learning_rate <= 0:
+            raise ValueError(f"training.learning_rate={self.learning_rate}: must be above 0")
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"training.num_steps={self.num_steps} and training.num_epochs={self.num_epochs}: give exactly one of them"
+            )
+        _at_least("training.num_steps", self.num_steps, 1)
+        if self.num_epochs is not None and self.num_epochs <= 0:
+            raise ValueError(f"training.num_epochs={self.num_epochs}: must be above 0")
+        _between("training.adam_beta2", self.adam_beta2, 0, 1)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of one rank in an optimizer step; ValueError if the sizes do not divide."""
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size % per_pass:
+            raise ValueError(
+                f"training.global_batch_size={self.global_batch_size}: must be a multiple of training.micro_batch_size="
+                f"{self.micro_batch_size} x {world_size} ranks = {per_pass}; try {-(-self.global_batch_size // per_pass) * per_pass}"
+            )
+        return self.global_batch_size // per_pass

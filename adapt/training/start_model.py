@@ -1,0 +1,183 @@
+"""The model that a run starts from: converted if it is a causal LM, probed, loaded, wrapped in adapters, compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
+from transformers.trainer_utils import set_seed
+
+from ..conversion.convert import convert
+from ..files.json_file import read_json
+from ..files.model_folder import check_model_folder, check_no_code, is_diffusion_checkpoint
+from ..lm import load
+from ..model.kernels import _no_flex_attention, default_kernel
+from ..model.parts import decoder_layers
+from ..spec import DiffusionSpec
+from . import lora
+from .engine.arguments import compute_dtype, whole_weights
+from .loss.in_forward import attach_loss
+from .recipe import Recipe
+
+
+def check_base(recipe: Recipe) -> None:
+    base = recipe.model.base
+    if not base.endswith(".gguf"):
+        check_model_folder(base, "model.base")
+    if Path(base).is_dir():
+        todo = "train a model of transformers' own architectures"
+        check_no_code(read_json(Path(base) / "config.json", f"model.base={base}"), f"model.base={base}", todo=todo)
+    if recipe.objective.name != "ar" or not is_diffusion_checkpoint(base):
+        return
+    section = json.loads((Path(base) / "config.json").read_text())["diffusion"]
+    if section.get("attention") == "bidirectional":
+        raise ValueError(
+            f"objective.name=ar: model.base={base} is a bidirectional diffusion checkpoint, which a plain load does not run "
+            f"causally; give the causal LM that it came from ({section.get('base_model')})"
+        )
+
+
+def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | None = None) -> str:
+    """The recipe's model.attn_implementation, or what is fastest for that model on the device (cuda, cpu; None: this machine's).
+
+    Raises ValueError for FlexAttention where transformers does not train that model with it.
+    """
+    asked = recipe.model.attn_implementation
+    if asked == "flex_attention" and (obstacle := _no_flex_attention(config)):
+        raise ValueError(
+            f"model.attn_implementation=flex_attention: {obstacle}; use eager, sdpa or sdpa_pieces, or leave it out"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return asked or default_kernel(config, device, compiled=recipe.model.torch_compile)
+
+
+def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Path:
+    """The folder to train from. Rank 0 converts or probes; the others come after it and read what it left."""
+    base = recipe.model.base
+    if recipe.objective.name == "ar":  # the control arm: the causal LM as it is
+        return Path(base)
+    if is_diffusion_checkpoint(base):
+        _check_same_spec(recipe, Path(base), "is a diffusion checkpoint with {}; leave the setting out, or say that")
+        if is_main:
+            kernel = attention_kernel(recipe, AutoConfig.from_pretrained(base))
+            load(base, device="cpu", attn_implementation=kernel)
+        return Path(base)
+    converted = output_dir / "converted"
+    if not converted.exists() and is_main:
+        convert(
+            base,
+            converted,
+            attention=recipe.model.attention or "prefix",
+            block_size=recipe.model.block_size,
+            clean_context=recipe.model.clean_context,
+            noise=recipe.noise.kind,
+            p_uniform=recipe.noise.p_uniform if recipe.noise.kind == "hybrid" else None,
+            mask_token=recipe.model.mask_token,
+            shift_logits=bool(recipe.model.shift_logits),
+            attn_implementation=partial(attention_kernel, recipe),
+        )
+    what = "was converted earlier with {}; remove it, or choose another training.output_dir"
+    spec = _check_same_spec(recipe, converted, what)
+    if spec.base_model != base:
+        raise ValueError(f"model.base={base}: {converted} {what.format(spec.base_model)}")
+    return converted
+
+
+def _check_same_spec(recipe: Recipe, folder: Path, what: str) -> DiffusionSpec:
+    """The folder's spec; ValueError where the recipe says otherwise. `what` says what to do, with {} for what was found."""
+    ours = recipe.model
+    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
+    clean_context = ours.clean_context or ("causal" if ours.attention == "block" else None)
+    wanted: dict[str, tuple[object, object]] = {
+        "model.attention": (ours.attention or spec.attention, spec.attention),
+        "model.block_size": (ours.block_size or spec.block_size, spec.block_size),
+        "model.clean_context": (clean_context or spec.clean_context, spec.clean_context),
+        "model.shift_logits": (
+            spec.shift_logits if ours.shift_logits is None else ours.shift_logits,
+            spec.shift_logits,
+        ),
+        "noise.kind": (recipe.noise.kind, spec.noise),
+    }
+    if recipe.noise.kind == "hybrid":
+        wanted["noise.p_uniform"] = (recipe.noise.p_uniform, spec.p_uniform)
+    if ours.mask_token is not None:
+        wanted["model.mask_token"] = (ours.mask_token, AutoTokenizer.from_pretrained(folder).mask_token)
+    for setting, (value, found) in wanted.items():
+        if value != found:
+            raise ValueError(f"{setting}={value}: {folder} {what.format(found)}")
+    # What the recipe leaves to the checkpoint has to go with the rest of it.
+    model = dataclasses.replace(
+        ours, attention=spec.attention, block_size=spec.block_size, clean_context=spec.clean_context
+    )
+    dataclasses.replace(recipe, model=model)
+    return spec
+
+
+def prepared(folder: Path, recipe: Recipe, spec: DiffusionSpec, args: TrainingArguments):
+    """The model with its loss attached, wrapped in adapters and compiled as the recipe says."""
+    ours = recipe.model
+    _size_nvme_buffers(args, folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention_kernel(recipe, AutoConfig.from_pretrained(folder)),
+        output_loading_info=True,
+        **({} if ours.quantization is None else {"quantization_config": lora.nf4(compute_dtype(recipe))}),
+    )
+    model, loading = loaded
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        raise ValueError(f"model.base={ours.base}: has no weights for {', '.join(absent[:3])}; it is not complete")
+    model.config.use_cache = False
+    # Some models ship a generation config that transformers refuses to write again; the base's file is copied at the end.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    attach_loss(model)
+    if ours.gradient_checkpointing:
+        # transformers 5.23 deprecates the name that 5.2 knows
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if ours.torch_compile:
+        _compile_layers(model)
+    if ours.lora is None:
+        return model
+    set_seed(recipe.training.seed)  # the same adapters, whatever drew random numbers before
+    with whole_weights(args):
+        return lora.add_adapters(model, ours.lora, None if recipe.objective.name == "ar" else spec.mask_token_id)
+
+
+def _size_nvme_buffers(args: TrainingArguments, folder: Path) -> None:
+    """Makes the swap buffers hold the largest weight of the model; DeepSpeed's 100M elements are less than many embeddings."""
+    if args.deepspeed is None:
+        return
+    config = args.hf_deepspeed_config.config
+    section = config.get("zero_optimization", {}).get("offload_param") or {}
+    if section.get("device") != "nvme" or "buffer_size" in section:
+        return
+    with whole_weights(args), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    largest = max(weight.numel() for weight in model.parameters())
+    section["buffer_size"] = -(-largest // args.world_size)
+
+
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Compiles each decoder layer: they share one compilation, seconds instead of the minutes of the whole model."""
+    layers = decoder_layers(model)
+    if layers is None:
+        raise ValueError(
+            f"model.torch_compile=true: found no list of {model.config.num_hidden_layers} decoder layers in {type(model).__name__}"
+        )
+    for layer in layers:
+        layer.compile(dynamic=False)  # rows are padded to seq_len, so there is one shape

@@ -1,0 +1,193 @@
+"""Trains a diffusion checkpoint (or its AR control) with transformers' Trainer, alone or under DeepSpeed.
+
+    adapt train --config recipes/smollm2-135m/prefix.yaml
+    deepspeed --num_gpus 8 recipes/train.py --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4
+
+The run is one list of packed rows (`data/packing.py`); a step reads the next global_batch_size of them. Its loss is divided once,
+by the tokens of that whole global batch, so the curve is the same for any split over ranks and accumulation steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import transformers
+from datasets import disable_progress_bars
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    TrainingArguments,
+)
+
+from ..arguments import wait_for_rank_zero
+from ..spec import DiffusionSpec
+from .checkpoints.reshard import read_on_any_ranks
+from .checkpoints.resume import hold, newest_checkpoint, remove_unfinished, whole_checkpoints
+from .checkpoints.save import facts, save_final, save_provenance
+from .data.examples import load_examples, load_rows
+from .data.run_rows import check_curriculum, packed_rows, summary, that_fit
+from .data.views import Canvases
+from .engine.arguments import check_schedule, training_arguments, whole_weights
+from .interruption import Terminated, failures_name_the_checkpoint
+from .loss.distill import teacher_of
+from .recipe import Recipe, ignored_by_ar, parse_recipe
+from .start_model import check_base, diffusion_checkpoint, prepared
+from .trainer import DiffusionTrainer
+from .watch.metrics import MetricsFile, Progress
+from .watch.samples import Samples, sample_prompt
+from .watch.trackers import RecipeInTrackers
+
+_CAUSAL = DiffusionSpec(
+    attention="prefix", mask_token_id=-1
+)  # for objective.name=ar, which lays no canvas and draws no noise
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs a recipe to its end and returns the folder of the final model, which `from_pretrained` loads.
+
+    Raises ValueError for settings that do not fit together, before weights are loaded or anything is written; Terminated
+    after SIGTERM, when a checkpoint has been saved.
+    """
+    output_dir = Path(recipe.training.output_dir)
+    # 1. Everything that can be refused cheaply.
+    final = output_dir / "model"
+    if final.exists():
+        raise ValueError(
+            f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder, with model.base={final} to go on "
+            "from it, or remove it"
+        )
+    check_base(recipe)
+    args = training_arguments(recipe)
+    checkpoint = newest_checkpoint(recipe)
+    about = facts(recipe, args.world_size)
+    with args.main_process_first(local=False, desc="read the data"):
+        rows = load_rows(recipe.data)
+    with hold(output_dir) if args.process_index == 0 else nullcontext():
+        return _train(recipe, args, checkpoint, about, rows)
+
+
+def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, about: dict[str, Any], rows: Any) -> Path:
+    """The run itself; rows: of the data, as `load_rows` reads them."""
+    output_dir, is_main = Path(recipe.training.output_dir), args.process_index == 0
+    # 2. The checkpoint: converted first if it is a causal LM, and probed.
+    with args.main_process_first(local=False, desc="convert"), whole_weights(args):
+        folder = diffusion_checkpoint(recipe, output_dir, is_main)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
+    if recipe.data.canvas_start == "anywhere" and spec.attention == "bidirectional":
+        raise ValueError(
+            "data.canvas_start=anywhere: a bidirectional checkpoint has no causal context for a canvas to hang off; "
+            "set it to prompt, or convert with model.attention=prefix"
+        )
+    canvases = Canvases(
+        spec,
+        recipe.noise,
+        recipe.objective,
+        recipe.data.canvas_length,
+        recipe.data.canvas_start,
+        tokenizer.eos_token_id,
+        recipe.training.seed,
+        recipe.data.seq_len,
+        len(tokenizer),
+    )
+    # 3. The data, as rows in the order of the run.
+    with args.main_process_first(local=False, desc="tokenise"):
+        examples = load_examples(
+            recipe.data,
+            tokenizer,
+            rows=rows,
+            piece_length=canvases.piece_length(recipe.data.seq_len),
+            is_main_process=is_main,
+        )
+    examples = that_fit(recipe, canvases, examples, is_main)
+    if is_main and canvases.is_ar and (ignored := ignored_by_ar(recipe)):
+        print(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}", file=sys.stderr)
+    dataset, longest_canvas = packed_rows(recipe, canvases, examples)
+    args.max_steps = len(dataset) // recipe.training.global_batch_size
+    check_schedule(recipe.training, args.max_steps, is_main)
+    check_curriculum(recipe, args.max_steps)
+    resharding = read_on_any_ranks(checkpoint, args)
+    sampled = None
+    if recipe.training.sample_steps:
+        positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+        sampled = sample_prompt(recipe, tokenizer, examples, positions or sys.maxsize)
+    # 4. The loop.
+    model = prepared(folder, recipe, spec, args)
+    if is_main:
+        save_provenance(recipe, about, output_dir)
+        remove_unfinished(output_dir, checkpoint)
+        print(summary(dataset, checkpoint, args), file=sys.stderr)
+    trainer = DiffusionTrainer(
+        recipe,
+        canvases,
+        longest_canvas,
+        about,
+        teacher_of(recipe, model, folder, args),
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(output_dir / "metrics.jsonl"), Progress(), *resharding],
+    )
+    if recipe.training.report_to:
+        trainer.add_callback(RecipeInTrackers(trainer, recipe))
+    if sampled is not None:
+        trainer.add_callback(Samples(trainer, trainer.metrics, recipe, spec, sampled))
+    with failures_name_the_checkpoint(output_dir), trainer.guard.heeding_sigterm():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.guard.terminated:
+            raise Terminated(
+                f"SIGTERM: {whole_checkpoints(output_dir)[-1]} is saved; start the same command again to go on from it"
+            )
+        trainer.guard.told(trainer)
+        final = output_dir / "model"
+        save_final(trainer, recipe, folder, final)
+    return final
+
+
+def _quiet_libraries() -> None:
+    """Leaves the console to us: one bar, and one line for what happens, on rank 0."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if int(os.environ.get("RANK", "0")) != 0:
+        disable_progress_bars()
+    for name in ("accelerate", "bitsandbytes", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|accelerate|peft")
+
+
+def main(argv: list[str]) -> int:
+    """The `adapt train` command, and what `recipes/train.py` runs on every rank; 143 after SIGTERM, as a shell would say."""
+    _quiet_libraries()
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        final = train(parse_recipe(argv, __doc__))
+    except Terminated as saved:
+        if is_main:
+            print(f"adapt train: {saved}", file=sys.stderr)
+        _leave_the_ranks()
+        return 128 + signal.SIGTERM
+    except Exception:
+        wait_for_rank_zero()
+        raise
+    if is_main:
+        print(f"{final}", file=sys.stderr)
+    _leave_the_ranks()
+    return 0
+
+
+def _leave_the_ranks() -> None:
+    """Ends gloo's threads: one that still runs at the interpreter's exit aborts it now and then, and a finished run would
+    count as a failed one (pytorch/pytorch#190489). After an error they are left: joining them could wait on another rank.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
