@@ -81,7 +81,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of the canvas, tokens")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts refined together")
     parser.add_argument(
-        "--dtype", type=str | None, default=None, help="bfloat16, float16 or float32; default: as saved"
+        "--dtype",
+        type=str | None,
+        default=None,
+        help="bfloat16, float16 or float32; default: as saved, or float32 where that is emulated",
     )
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; default: cuda if there is one")
     parser.add_argument(

@@ -21,7 +21,7 @@ from .decoding.settings import SamplerConfig
 from .files import adapters
 from .files.json_file import read_json
 from .files.model_folder import check_loaded, check_model_folder, check_no_code
-from .model.precision import DTYPES
+from .model.precision import DTYPES, default_dtype
 from .probe.probe import probe
 from .spec import DiffusionSpec
 from .tokens import start_token_id
@@ -82,9 +82,9 @@ def load(
 ) -> DiffusionLM:
     """The checkpoint as a DiffusionLM in eval mode, on `device` (default: CUDA if there is one).
 
-    adapter: a PEFT folder to merge in. dtype: default is what the checkpoint was saved in. trust_remote_code: run Python files
-    that come with the model. verify: run the probe, which raises ValueError if the loaded weights do not attend as the
-    checkpoint promises.
+    adapter: a PEFT folder to merge in. dtype: "auto" = as saved; default: as saved, or float32 where the device emulates that
+    (`model.precision`). trust_remote_code: run Python files that come with the model. verify: run the probe, which raises
+    ValueError if the loaded weights do not attend as the checkpoint promises.
     """
     # 1. Everything that can be refused before weights are read.
     folder, adapter = adapters.base_and_adapter(folder, adapter)
@@ -93,6 +93,9 @@ def load(
         check_no_code(read_json(Path(folder) / "config.json", f"checkpoint={folder}"), f"checkpoint={folder}")
     device, dtype = _device(device), _dtype(dtype)
     spec, tokenizer = spec_and_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if dtype is None:
+        stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
+        dtype = default_dtype(stored, device)
     # 2. The weights, all of them.
     model = _weights(folder, dtype, attn_implementation, trust_remote_code)
     if adapter is not None:

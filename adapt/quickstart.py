@@ -94,7 +94,6 @@ def quickstart(out: Path, *, fast: bool = False, seed: int = 1) -> dict:
         sampler=SAMPLER,
         speed_prompts=scale.speed_prompts,
         speed_repeats=scale.speed_repeats,
-        dtype="float32" if fast else "bfloat16",
         seed=seed,
         overwrite=True,
         command="adapt quickstart" + (" --fast" if fast else ""),

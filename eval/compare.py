@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adapt
 from adapt.arguments import CommandParser
 from adapt.files.model_folder import check_model_folder, is_diffusion_checkpoint
-from adapt.model.precision import DTYPES
+from adapt.model.precision import DTYPES, compute_dtype_of
 
 from . import provenance, speed
 from .caveats import caveats
@@ -73,7 +73,8 @@ def compare(
 
     base, control: causal LMs; adapted: a diffusion checkpoint. All arms stand in one process with one dtype, device and
     attention kernel. base_num_fewshot: examples in the original's prompt alone. sweep: more thresholds for the
-    quality-speed curve. speed_repeats: rounds, 0 = do not measure. dtype: default float32 on CPU, bfloat16 on CUDA.
+    quality-speed curve. speed_repeats: rounds, 0 = do not measure. dtype: default
+    bfloat16 where the device computes it natively, else float32.
     Raises ValueError for what the user can mend, before any model is loaded where that can be known.
     """
     started, sampler = time.time(), sampler or adapt.SamplerConfig()
@@ -235,7 +236,7 @@ def _device(device: str | None) -> torch.device:
 
 def _dtype(dtype: str | None, device: str | None) -> torch.dtype:
     if dtype is None:
-        return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
+        return compute_dtype_of(_device(device))
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(DTYPES))}; all arms run in the same")
     return DTYPES[dtype]

@@ -5,7 +5,7 @@ from __future__ import annotations
 MODEL_ARGS = {
     "pretrained": "a diffusion checkpoint; needed",
     "adapter": "a LoRA folder on top of it",
-    "dtype": "bfloat16, float16 or float32; default: what the checkpoint was saved in",
+    "dtype": "bfloat16, float16 or float32; default: as saved, or float32 where that is emulated",
     "device": "cpu, cuda or cuda:N; default: a GPU if there is one",
     "attn_implementation": "the attention kernel, by its name in transformers",
     "batch_size": "requests in a forward; default 1",

@@ -85,6 +85,8 @@ def _devices() -> Iterator[Check]:
         import torch
     except Exception:  # said already
         return
+    from ..model.precision import about_precision
+
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     if not torch.cuda.is_available():
         if driver:
@@ -94,7 +96,7 @@ def _devices() -> Iterator[Check]:
                 "GPU", False, found, "pip install --force-reinstall torch, for this driver: https://pytorch.org"
             )
         else:
-            yield Check("GPU", True, f"none; runs on {os.cpu_count()} CPU cores, bf16 {_cpu_bf16()}")
+            yield Check("GPU", True, f"none; runs on {os.cpu_count()} CPU cores, {about_precision('auto', 'cpu')}")
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -104,12 +106,6 @@ def _devices() -> Iterator[Check]:
             f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {bf16}, CUDA {torch.version.cuda}, driver {version}"
         )
         yield Check(f"GPU {index}", device.major >= 8, found, "set training.precision=fp32 on this GPU")
-
-
-def _cpu_bf16() -> str:
-    import torch
-
-    return "in hardware" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated, slower than fp32"
 
 
 def _build_tools() -> Iterator[Check]:

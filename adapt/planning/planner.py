@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..conversion.base_model import check_architecture
 from ..files.model_folder import check_model_folder
+from ..model.precision import resolved_precision
 from ..spec import DiffusionSpec
 from ..training.recipe import Recipe
 from ..training.start_model import attention_kernel
@@ -37,6 +38,8 @@ class Planner:
 
     def __init__(self, recipe: Recipe, config: PretrainedConfig, *, gpus: int, device: str = "cuda") -> None:
         recipe.training.accumulation_steps(gpus)
+        precision = resolved_precision(recipe.training.precision, device)
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision))
         self.recipe, self.config, self.gpus, self.device = recipe, config, gpus, device
         self.kernel = attention_kernel(recipe, config, device)
         self._model = cache(self._model)

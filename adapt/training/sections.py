@@ -243,8 +243,9 @@ class TrainingConfig:
     adam_beta2: float = 0.999
     optimizer: str = "adamw_torch_fused"
     """a name that transformers knows, such as adamw_torch_fused or adamw_8bit"""
-    precision: str = "bf16"
-    """bf16 or fp32; under DeepSpeed bf16 keeps fp32 master weights, without it bf16 is autocast"""
+    precision: str = "auto"
+    """bf16, fp32 or auto: bf16 where the machine computes it natively, else fp32. Under DeepSpeed bf16 keeps fp32 master
+    weights, without it bf16 is autocast"""
     seed: int = 0
     """keys the data order and the noise"""
     logging_steps: int = 1
@@ -272,7 +273,7 @@ class TrainingConfig:
     """a folder on a local disk, for deepspeed=zero3_nvme: weights and optimizer live there and not in memory"""
 
     def __post_init__(self) -> None:
-        _one_of("training.precision", self.precision, ("bf16", "fp32"))
+        _one_of("training.precision", self.precision, ("auto", "bf16", "fp32"))
         _one_of("training.on_bad_loss", self.on_bad_loss, ("skip", "stop"))
         if self.max_loss_ratio is not None and self.max_loss_ratio <= 1:
             raise ValueError(

@@ -9,6 +9,7 @@ by the tokens of that whole global batch, so the curve is the same for any split
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -28,10 +29,12 @@ from transformers import (
 )
 
 from ..arguments import wait_for_rank_zero
+from ..model.precision import about_precision, resolved_precision
 from ..spec import DiffusionSpec
 from .checkpoints.reshard import read_on_any_ranks
-from .checkpoints.resume import hold, newest_checkpoint, remove_unfinished, whole_checkpoints
+from .checkpoints.resume import begun_precision, hold, newest_checkpoint, remove_unfinished, whole_checkpoints
 from .checkpoints.save import facts, save_final, save_provenance
+from .checkpoints.seal import gathered
 from .data.examples import load_examples, load_rows
 from .data.run_rows import check_curriculum, packed_rows, summary, that_fit
 from .data.views import Canvases
@@ -65,13 +68,29 @@ def train(recipe: Recipe) -> Path:
             "from it, or remove it"
         )
     check_base(recipe)
+    recipe = _with_precision(recipe)
     args = training_arguments(recipe)
+    if len(found := set(gathered(recipe.training.precision))) > 1:
+        raise ValueError(
+            f"training.precision=auto: the ranks chose {' and '.join(sorted(found))}, they are different machines; say bf16 or fp32"
+        )
     checkpoint = newest_checkpoint(recipe)
     about = facts(recipe, args.world_size)
     with args.main_process_first(local=False, desc="read the data"):
         rows = load_rows(recipe.data)
     with hold(output_dir) if args.process_index == 0 else nullcontext():
         return _train(recipe, args, checkpoint, about, rows)
+
+
+def _with_precision(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` resolved: as the run began that it goes on, else as this machine computes; said on rank 0."""
+    asked = recipe.training.precision
+    kept = begun_precision(recipe) if asked == "auto" else None
+    line = f"precision auto: {kept}, as this run began" if kept else about_precision(asked)
+    if line and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    precision = kept or resolved_precision(asked)
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision))
 
 
 def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, about: dict[str, Any], rows: Any) -> Path:

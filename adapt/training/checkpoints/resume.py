@@ -90,6 +90,14 @@ def newest_checkpoint(recipe: Recipe) -> Path | None:
     return newest
 
 
+def begun_precision(recipe: Recipe) -> str | None:
+    """training.precision of the run that would go on in the recipe's output_dir; None where there is none."""
+    saved = Path(recipe.training.output_dir) / "config.yaml"
+    if not saved.is_file() or not whole_checkpoints(saved.parent):
+        return None
+    return _flat(yaml.safe_load(saved.read_text())).get("training.precision")  # pyright: ignore[reportReturnType]
+
+
 def _undamaged(candidates: list[Path]) -> Path:
     """The first that agrees with its COMPLETE; the damaged ones before it are named."""
     damaged: list[str] = []

@@ -76,6 +76,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
     """What a run multiplies in, and what its final folder holds."""
+    assert recipe.training.precision != "auto", "resolved when a run or a plan begins"
     return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
 
 

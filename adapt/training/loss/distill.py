@@ -22,7 +22,7 @@ from ...model.forward import hidden_states
 from ...model.head import after_head
 from ...objective import RowLoss, cross_entropy
 from ..data.batch import Batch
-from ..engine.arguments import whole_weights
+from ..engine.arguments import compute_dtype, whole_weights
 from ..recipe import Recipe
 
 
@@ -81,6 +81,5 @@ def teacher_of(recipe: Recipe, model, folder: Path, args: TrainingArguments) -> 
         return None
     if recipe.model.lora is not None:
         return Teacher(model.get_base_model(), model.disable_adapter)
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     with whole_weights(args):
-        return load_teacher(folder, dtype, args.device, model.config._attn_implementation)
+        return load_teacher(folder, compute_dtype(recipe), args.device, model.config._attn_implementation)
