@@ -14,7 +14,7 @@ from ablation_plan import Plan, best_rate, tuned
 from ablation_runs import Task
 from ablation_texts import Text, length_nats
 
-from adapt_eval import stats
+from adapt_eval.measure import stats
 
 OUT_OF_TIME = "not finished: out of time"
 

@@ -169,7 +169,7 @@ def _run_and_write(given: Any) -> None:
     from ablation_runs import ar_nll, texts_of
     from ablation_texts import LARGEST_BLOCK, num_parameters, read_prompts, write_base
 
-    from adapt_eval import provenance
+    from adapt_eval.measure import provenance
 
     # 1. Texts.
     base = write_base(given.base, work / "base", end_is_start=not given.prompts)

@@ -28,7 +28,7 @@ from shapes import Workload, write_documents, write_model
 from train import RESULTS, _provenance
 
 from adapt.arguments import CommandParser
-from adapt_eval import provenance
+from adapt_eval.measure import provenance
 
 TOLERANCE = 0.15
 STEPS = 3

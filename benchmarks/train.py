@@ -33,7 +33,7 @@ from arms import ARMS, OURS, PLAIN
 from shapes import SHAPES, Workload, write_documents, write_model
 
 from adapt.arguments import CommandParser
-from adapt_eval import provenance
+from adapt_eval.measure import provenance
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (256, 512, 1024, 2048, 4096)

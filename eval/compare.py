@@ -27,15 +27,15 @@ from adapt.arguments import CommandParser
 from adapt.files.model_folder import check_model_folder, is_diffusion_checkpoint
 from adapt.model.precision import DTYPES, compute_dtype_of
 
-from . import provenance, speed
-from .caveats import caveats
-from .heldout import likelihood_row, texts_of
+from .arms import choose_prompts, model_of, speed_arm
 from .lm import AdaptLM
-from .pareto import arm_points, sweep_point
-from .quality import evaluate, find_tasks, quality_rows, quiet
-from .report import refuse_existing, write_report
-from .speed_arms import choose_prompts, model_of, speed_arm
-from .words import headline, terminal_table
+from .measure import provenance, speed
+from .measure.likelihood import likelihood_row, texts_of
+from .measure.pareto import arm_points, sweep_point
+from .measure.quality import evaluate, find_tasks, quality_rows, quiet
+from .report.caveats import caveats
+from .report.page import refuse_existing, write_report
+from .report.words import headline, terminal_table
 
 _HFLM: Any = HFLM  # lm-eval's decorator hides the class from type checkers
 

@@ -29,9 +29,9 @@ import adapt
 from adapt.decoding.likelihood import nelbo
 from adapt.tokens import text_ids
 
-from .emitted import Stop, count_tokens, emitted_text, end_of_text_ids
+from .measure.emitted import Stop, count_tokens, emitted_text, end_of_text_ids
+from .measure.speed import left_pad, pad_id_of
 from .model_args import MODEL_ARGS, model_args_help
-from .speed import left_pad, pad_id_of
 
 _logger = logging.getLogger(__name__)
 _HANDLED = {"do_sample", "max_gen_toks", "seed", "temperature", "top_p", "until"}

@@ -375,7 +375,7 @@ def test_lora_is_merged_into_an_export_tensor_by_tensor(checkpoint_folder, tmp_p
 
 
 def _report(checkpoint: Path) -> dict:
-    from adapt_eval import provenance
+    from adapt_eval.measure import provenance
 
     arm = provenance.checkpoint(checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint))
     score = {"value": 0.5, "stderr": 0.1, "ci95": [0.3, 0.7]}

@@ -148,8 +148,8 @@ def test_no_command_reads_a_blank_out_of_a_prompt_or_a_document(checkpoint_folde
     from adapt.generate import fill, write
     from adapt.training.data.examples import load_examples
     from adapt.training.recipe import DataConfig
-    from adapt_eval.heldout import windows_of
     from adapt_eval.lm import AdaptLM
+    from adapt_eval.measure.likelihood import windows_of
 
     lm = adapt.load(checkpoint_folder("qwen3", "prefix"), device="cpu")
     mask = lm.tokenizer.mask_token_id

@@ -38,7 +38,7 @@ def read_report(path: str | Path, checkpoint: Path) -> dict[str, Any]:
         ) from error
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"report={path}: not a report.json of `adapt compare` ({error!r})") from error
-    from adapt_eval.provenance import safetensors_sha256
+    from adapt_eval.measure.provenance import safetensors_sha256
 
     here: dict[str, Any] = {"config_sha256": hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()}
     here["safetensors"] = {file.name: safetensors_sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
@@ -100,7 +100,7 @@ def write_card(
         _settings(sampler),
     ]
     if report is not None:
-        from adapt_eval.report import render_markdown
+        from adapt_eval.report.page import render_markdown
 
         parts.append(re.sub(r"^#", "##", render_markdown(report).strip(), flags=re.MULTILINE))
     else:

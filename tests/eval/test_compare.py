@@ -8,8 +8,9 @@ import shlex
 import pytest
 
 from adapt.cli import main as adapt_main
-from adapt_eval.caveats import caveats
+from adapt.model.precision import compute_dtype_of
 from adapt_eval.compare import compare
+from adapt_eval.report.caveats import caveats
 
 QUALITY_KEYS = {"task", "metric", "higher_is_better", "n", "base", "adapted", "control", "delta", "ci95", "p_value"}
 
@@ -75,7 +76,7 @@ def test_provenance_pins_arms_versions_and_settings(report, arms):
     assert base["model.safetensors"]["header_sha256"] == control["model.safetensors"]["header_sha256"]
     assert base["model.safetensors"]["sha256"] != control["model.safetensors"]["sha256"]
     assert sources["arms"]["adapted"]["diffusion"]["attention"] == "prefix"
-    assert sources["dtype"] == "float32"
+    assert sources["dtype"] == str(compute_dtype_of("cpu")).removeprefix("torch.")
     assert sources["sampler"]["threshold"] == 0.9
     assert sources["versions"]["torch"].startswith("2.")
 

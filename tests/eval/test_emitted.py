@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapt_eval.emitted import Stop, count_tokens, emitted_text
+from adapt_eval.measure.emitted import Stop, count_tokens, emitted_text
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
-from adapt_eval.heldout import likelihood_row, nll, texts_of, windows_of
+from adapt_eval.measure.likelihood import likelihood_row, nll, texts_of, windows_of
 
 TEXTS = ["the quick brown fox jumps over the lazy dog" * 2, "short", "pack my box with five dozen jugs" * 2]
 

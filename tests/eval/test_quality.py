@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from adapt_eval.quality import evaluate, find_tasks, items_of, quality_rows
+from adapt_eval.measure.quality import evaluate, find_tasks, items_of, quality_rows
 
 
 def sample(doc_id, filter_name="none", **metrics):

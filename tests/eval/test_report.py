@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from adapt_eval import report as report_module
-from adapt_eval.report import write_report
-from adapt_eval.words import headline, number, primary, speed_ratio, terminal_table
+from adapt_eval.report import page as report_module
+from adapt_eval.report.page import write_report
+from adapt_eval.report.words import headline, number, primary, speed_ratio, terminal_table
 
 
 def cell(value, low, high):

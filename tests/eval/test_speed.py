@@ -12,10 +12,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
-from adapt_eval import speed
-from adapt_eval.emitted import emitted_text
 from adapt_eval.lm import AdaptLM
-from adapt_eval.speed import SpeedArm, Written, measure
+from adapt_eval.measure import speed
+from adapt_eval.measure.emitted import emitted_text
+from adapt_eval.measure.speed import SpeedArm, Written, measure
 
 KEYS = {
     "arm", "sampler", "batch_size", "prompt_tokens", "new_tokens", "tokens_per_s", "latency_p50_s", "latency_p95_s",

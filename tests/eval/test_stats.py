@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from adapt_eval.stats import bootstrap_mean, paired, summarize
+from adapt_eval.measure.stats import bootstrap_mean, paired, summarize
 
 
 def test_summary_of_right_and_wrong_is_wilson_in_closed_form():

@@ -1,6 +1,6 @@
 """Two arms over the same items: how far apart are they, and could that be chance?
 
-    from adapt_eval.stats import paired, summarize
+    from adapt_eval.measure.stats import paired, summarize
     summarize([1, 0, 1, 1]).ci95, paired(base_items, adapted_items).ci95
 
 Items are paired (the same document, scored under two arms), so every interval here is on the mean of the

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..arms import Prompts, speed_arm
+from ..lm import AdaptLM
+from ..report.words import primary
 from . import speed
-from .lm import AdaptLM
 from .quality import evaluate, quality_rows
-from .speed_arms import Prompts, speed_arm
-from .words import primary
 
 
 def arm_points(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Writes a comparison down: report.json, report.md, a self-contained report.html, and lm-eval's samples.
 
-    from adapt_eval.report import write_report
+    from adapt_eval.report.page import write_report
     write_report(report, "runs/compare")            # report: the dict of DESIGN.md 4.4
 
 Everything is computed from the dict, so a report.json can be rendered again:
 
-    python -m adapt_eval.report runs/compare/report.json out_folder
+    python -m adapt_eval.report.page runs/compare/report.json out_folder
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _render(template: str, **values: Any) -> str:
         score=score, difference=difference, is_percent=is_percent, arm_words=ARM_WORDS, speed_ratio=speed_ratio
     )
     # Not resources.files(__name__): run as a script this module is `__main__`.
-    text = resources.files(__package__ or "adapt_eval").joinpath(template).read_text(encoding="utf-8")
+    text = resources.files(__package__ or "adapt_eval.report").joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(**values)
 
 
@@ -188,5 +188,5 @@ def _has_control(report: Mapping[str, Any]) -> bool:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m adapt_eval.report REPORT_JSON OUT")
+        sys.exit("usage: python -m adapt_eval.report.page REPORT_JSON OUT")
     print(write_report(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2]))

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import adapt
 
-from . import speed
-from .emitted import end_of_text_ids
 from .lm import AdaptLM
+from .measure import speed
+from .measure.emitted import end_of_text_ids
 
 FALLBACK_NEW_TOKENS = 64
 
