@@ -21,6 +21,7 @@ from architectures import MODEL_TYPES, Outcome, class_of, tiny_model, try_one, w
 import adapt  # noqa: E402
 from adapt.model.head import output_head  # noqa: E402
 from adapt.model.kernels import default_kernel  # noqa: E402
+from adapt.probe.probe import probe  # noqa: E402
 
 # transformers and torch warn of deprecations inside their own models.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -122,7 +123,7 @@ def test_what_only_an_experiment_can_refuse_is_refused_with_the_reason(model_typ
     config = tiny_config(model_type)
     config.update(changes)
     with pytest.raises(ValueError, match=said):
-        adapt.probe.probe(tiny_model(config), "bidirectional")
+        probe(tiny_model(config), "bidirectional")
 
 
 def test_alibi_of_transformers_rewards_later_keys_the_more_the_farther_they_are():

@@ -121,7 +121,7 @@ def test_columns_are_renamed_as_the_recipe_says(tmp_path: Path) -> None:
 def test_too_long_examples_are_dropped_and_said_so(tmp_path: Path, capsys) -> None:
     path = write(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "cat", "completion": "dog " * 9}])
     assert len(examples(path, seq_len=8, too_long="drop")) == 2
-    assert "1 of 3 examples are longer, the longest 11 tokens: dropped" in capsys.readouterr().err
+    assert "1 of 3 examples are longer, up to 11 tokens: dropped" in capsys.readouterr().err
 
 
 def test_blank_texts_are_passed_over(tmp_path: Path) -> None:

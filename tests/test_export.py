@@ -23,8 +23,9 @@ import adapt
 from adapt.cli import main as cli
 from adapt.conversion.convert import convert
 from adapt.decoding.settings import SamplerConfig
-from adapt.export import custom_generate, export
-from adapt.export.export import export as export_module
+from adapt.export import custom_generate
+from adapt.export import export as export_module
+from adapt.export.export import export
 from adapt.export.model_card import license_of
 from adapt.files.safetensors_folder import INDEX
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from adapt import cli
 from adapt.planning import activations as footprint
-from adapt.planning import plan
+from adapt.planning import planner, table
 from adapt.planning.measured_rate import benchmark_rate
 from adapt.planning.zero import Weights, Zero, peak, zero_of
 from adapt.training.recipe import DataConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
@@ -37,6 +37,7 @@ def recipe(*, objective: dict | None = None, training: dict | None = None, **mod
         "num_steps": 10,
         "global_batch_size": 8,
         "micro_batch_size": 4,
+        "precision": "bf16",
         **(training or {}),
     }
     model = {"base": "owner/name", "attention": "bidirectional", **model}
@@ -49,8 +50,8 @@ def recipe(*, objective: dict | None = None, training: dict | None = None, **mod
 
 
 def traced(made: Recipe, device: str = "cpu", **sizes) -> np.ndarray:
-    planner = plan.Planner(made, CONFIG, gpus=1, device=device)
-    return planner.timeline(None, sizes.get("micro_batch", 4)).held
+    made_planner = planner.Planner(made, CONFIG, gpus=1, device=device)
+    return made_planner.timeline(None, sizes.get("micro_batch", 4)).held
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"lora": LoraConfig(r=4)}], ids=str)
@@ -66,8 +67,8 @@ def test_three_layers_repeated_are_the_whole_model(settings: dict, monkeypatch: 
 
 def test_all_gradients_are_there_at_the_end_and_activations_are_gone() -> None:
     held = traced(recipe(training={"precision": "fp32"}))
-    planner = plan.Planner(recipe(), CONFIG, gpus=1)
-    assert held[-1, 2] == planner.weights(False).trained_bytes
+    made_planner = planner.Planner(recipe(), CONFIG, gpus=1)
+    assert held[-1, 2] == made_planner.weights(False).trained_bytes
     assert held[-1, :2].sum() < 16_384  # the loss, and the nats of its rows
     assert held[:, :2].max(0).min() > 0
 
@@ -82,8 +83,8 @@ def test_checkpointing_frees_activations_and_logits_never_stand_whole() -> None:
 
 def test_block_diffusion_costs_what_its_two_copies_do() -> None:
     # The same clean text in a row: alone, and beside its noisy copy.
-    alone = plan.Planner(recipe(), CONFIG, gpus=1).timeline(2, 4)
-    doubled = plan.Planner(
+    alone = planner.Planner(recipe(), CONFIG, gpus=1).timeline(2, 4)
+    doubled = planner.Planner(
         recipe(attention="block", block_size=8, objective={"ar_weight": 1.0}), CONFIG, gpus=1
     ).timeline(2, 8)
     assert doubled.text_tokens == alone.text_tokens
@@ -92,25 +93,25 @@ def test_block_diffusion_costs_what_its_two_copies_do() -> None:
 
 def test_a_teacher_costs_a_copy_unless_the_weights_are_shared() -> None:
     taught = {"attention": "prefix", "objective": {"distill_weight": 0.5}}
-    alone = plan.own_peak(recipe(attention="prefix"), CONFIG, 1).parameters
-    copy = plan.own_peak(recipe(**taught), CONFIG, 1).parameters
-    parameters = plan.Planner(recipe(), CONFIG, gpus=1).weights(False).count
+    alone = planner.own_peak(recipe(attention="prefix"), CONFIG, 1).parameters
+    copy = planner.own_peak(recipe(**taught), CONFIG, 1).parameters
+    parameters = planner.Planner(recipe(), CONFIG, gpus=1).weights(False).count
     assert copy == alone + 2 * parameters
-    shared = plan.own_peak(recipe(**taught, lora=LoraConfig(r=4)), CONFIG, 1).parameters
-    assert shared == plan.own_peak(recipe(attention="prefix", lora=LoraConfig(r=4)), CONFIG, 1).parameters
+    shared = planner.own_peak(recipe(**taught, lora=LoraConfig(r=4)), CONFIG, 1).parameters
+    assert shared == planner.own_peak(recipe(attention="prefix", lora=LoraConfig(r=4)), CONFIG, 1).parameters
 
 
 def test_nf4_takes_4_and_an_eighth_bits_a_weight_and_8_bit_adam_2_bytes() -> None:
     lora = {"lora": LoraConfig(r=4)}
     plain, nf4 = (
-        plan.Planner(recipe(**lora, **more), CONFIG, gpus=1).weights(False) for more in ({}, {"quantization": "nf4"})
+        planner.Planner(recipe(**lora, **more), CONFIG, gpus=1).weights(False) for more in ({}, {"quantization": "nf4"})
     )
     per_layer = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 128
     saved = 6 * per_layer * (4 - 4.127 / 8)
     assert plain.bytes - nf4.bytes == pytest.approx(saved, rel=0.01)
     assert nf4.count == plain.count
     full, in_8_bit = (
-        plan.Planner(recipe(training={"optimizer": name}), CONFIG, gpus=1).weights(False)
+        planner.Planner(recipe(training={"optimizer": name}), CONFIG, gpus=1).weights(False)
         for name in ("adamw_torch_fused", "adamw_8bit")
     )
     assert full.optimizer_bytes == 8 * full.trained
@@ -154,7 +155,7 @@ def test_states_are_what_deepspeeds_own_estimate_says_and_two_bytes_of_a_part_mo
 
 def test_offload_moves_states_out_of_the_gpu() -> None:
     on_gpu, offloaded, on_disk = (
-        plan.own_peak(recipe(training={"deepspeed": name}), CONFIG, 1)
+        planner.own_peak(recipe(training={"deepspeed": name}), CONFIG, 1)
         for name in ("zero3", "zero3_offload", "zero3_nvme")
     )
     assert on_gpu.host == on_gpu.disk == 0 < on_gpu.optimizer
@@ -164,12 +165,12 @@ def test_offload_moves_states_out_of_the_gpu() -> None:
 
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
     made = recipe(training={"global_batch_size": 32, "micro_batch_size": 1})
-    planner = plan.Planner(made, CONFIG, gpus=1)
+    made_planner = planner.Planner(made, CONFIG, gpus=1)
     zero = zero_of(made)
-    room = planner.peak(zero, 8).total
-    assert planner.largest_micro_batch(zero, room) == 8
-    assert planner.largest_micro_batch(zero, room - 1) == 4
-    assert planner.largest_micro_batch(zero, 1) == 0
+    room = made_planner.peak(zero, 8).total
+    assert made_planner.largest_micro_batch(zero, room) == 8
+    assert made_planner.largest_micro_batch(zero, room - 1) == 4
+    assert made_planner.largest_micro_batch(zero, 1) == 0
 
 
 def write(folder: Path) -> Path:
@@ -208,7 +209,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_would(tmp_path: Path, capsys: p
     for size in ("1", "2"):
         assert cli.main([*argv, "--training.micro_batch_size", size]) == 0
         sizes.append(json.loads(capsys.readouterr().out)["bytes_per_rank"][0])
-    one, two = (sum(row[name] for name in plan.COLUMNS[:-1]) / 1e9 for row in sizes)
+    one, two = (sum(row[name] for name in table.COLUMNS[:-1]) / 1e9 for row in sizes)
     room = ["--gpu_memory", str((one + two) / 2), "--reserve", "0"]
     assert cli.main([*argv[:-2], *room]) == 0
     assert "the recipe does not fit as it is: try --training.micro_batch_size 1\n" in capsys.readouterr().out
@@ -218,11 +219,11 @@ def test_a_recipe_that_does_not_fit_is_told_what_would(tmp_path: Path, capsys: p
 
 def test_what_each_way_keeps_is_said_for_the_recipes_precision() -> None:
     made = recipe()
-    row = plan.Row(zero_of(made), True, plan.own_peak(made, CONFIG, 1))
-    bf16 = "\n".join(plan._legend(made, row))
+    row = planner.Row(zero_of(made), True, planner.own_peak(made, CONFIG, 1))
+    bf16 = "\n".join(table.legend(made, row))
     assert "no DeepSpeed: " in bf16
     assert "float32 copy" in bf16
-    in_float32 = plan._legend(
+    in_float32 = table.legend(
         recipe(training={"precision": "fp32", "deepspeed": "zero2"}), dataclasses.replace(row, zero=Zero(2))
     )
     assert "no DeepSpeed" not in " ".join(in_float32)
@@ -233,7 +234,7 @@ def test_adapters_are_planned_without_a_warning() -> None:
     made = recipe(lora=LoraConfig(r=4), quantization="nf4", gradient_checkpointing=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # past pyproject's own exceptions
-        plan.own_peak(made, CONFIG, 1)
+        planner.own_peak(made, CONFIG, 1)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_a_config_beside_the_recipe_is_named_and_a_misspelt_recipe_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path)
-    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", lambda _: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(planner.AutoConfig, "from_pretrained", lambda _: (_ for _ in ()).throw(OSError("no network")))
     assert cli.main(["plan", "--config", f"{folder}/recipe.yaml"]) == 1
     assert f"give one with --model_config, such as {folder}/config.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -365,6 +366,6 @@ def test_every_shipped_training_benchmark_gives_the_rate_of_its_own_arms() -> No
 
 def test_planning_takes_no_memory_for_weights() -> None:
     config = AutoConfig.from_pretrained(ROOT / "recipes" / "qwen3-30b-a3b" / "config.json")
-    model = plan.Planner(recipe(), config, gpus=1)._model(True)
+    model = planner.Planner(recipe(), config, gpus=1)._model(True)
     assert sum(p.numel() for p in model.parameters()) > 30e9  # 122 GB if it were real
     assert all(p.fake_device.type == "cpu" and type(p.data).__name__ == "FakeTensor" for p in model.parameters())

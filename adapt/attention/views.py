@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,32 @@ def first_noised_position(spec: DiffusionSpec, num_context: int, size: int | Non
     size = size or spec.block_size or 1
     block_causal = spec.attention == "block" and spec.clean_context == "block"
     return num_context // size * size if block_causal else num_context
+
+
+class View(NamedTuple):
+    """Where each token of a noisy view stands and what predicts it, [n] each."""
+
+    position: Tensor
+    block: Tensor
+    """number of its canvas in the view, from 0: of its block, with block attention"""
+    view: Tensor
+    """its view id in a `Layout`; views of one example count on"""
+    sees: Tensor
+    """clean tokens before it that it sees"""
+    predictor: Tensor
+    """place, among the example's tokens, of the hidden state that predicts it; -1: the text's first token has none"""
+
+
+def noisy_view(spec: DiffusionSpec, position: Tensor, offset: int, number: int = 0, size: int | None = None) -> View:
+    """View `number` of an example at consecutive positions [n], which stands behind `offset` tokens of it.
+
+    With shift_logits a token is predicted by the one before it, and a canvas' first token by the last clean token that it sees.
+    """
+    is_block = spec.attention == "block"
+    size = size or spec.block_size or 1
+    block = position // size - int(position[0]) // size if is_block else torch.zeros_like(position)
+    sees = canvas_context_lengths(spec, position, size)
+    predictor = offset + torch.arange(len(position))
+    if spec.shift_logits:
+        predictor = torch.where(position == sees, sees - 1, predictor - 1)
+    return View(position, block, 1 + number * (int(block[-1]) + 1) + block, sees, predictor)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attention.layout import PADDING_DOCUMENT, Layout
-from ..attention.views import canvas_context_lengths, clean_context_lengths, first_noised_position
+from ..attention.views import clean_context_lengths, first_noised_position, noisy_view
 from ..model.forward import hidden_states
 from ..model.head import output_head
 from ..noise.hybrid import corrupt, hybrid_elbo
@@ -186,20 +186,14 @@ def _row(spec: DiffusionSpec, context: Tensor, sample: _Sample, target: Tensor) 
         size = spec.block_size or 1
         num_clean = max((end - 1) // size * size, first)
     clean, noisy = torch.arange(num_clean), torch.arange(first, end)
-    sees = canvas_context_lengths(spec, noisy)
-    place = num_clean + sample.scored + (len(context) - first)  # of each scored token among the row's tokens
-    predictor = place
-    if spec.shift_logits:
-        at = noisy[place - num_clean]
-        predictor = torch.where(at == sees[place - num_clean], at - 1, place - 1)
-    block = noisy // (spec.block_size or 1) if spec.attention == "block" else torch.zeros_like(noisy)
+    view = noisy_view(spec, noisy, num_clean)
     return {
         "xt": torch.cat([torch.cat([context, target])[:num_clean], torch.cat([context, sample.xt])[first:]]),
         "document": torch.ones(num_clean + len(noisy), dtype=torch.long),
-        "view": torch.cat([torch.zeros_like(clean), 1 + block - block[0]]),
+        "view": torch.cat([torch.zeros_like(clean), view.view]),
         "position": torch.cat([clean, noisy]),
-        "sees": torch.cat([clean_context_lengths(spec, clean), sees]),
-        "predictor": predictor,
+        "sees": torch.cat([clean_context_lengths(spec, clean), view.sees]),
+        "predictor": view.predictor[sample.scored + len(context) - first],
     }
 
 

@@ -21,7 +21,7 @@ from ..arguments import CommandParser
 from ..training.recipe import Recipe, check_files
 from .measured_rate import benchmark_rate
 from .planner import Planner, model_config, plan, resolved
-from .table import _as_json, _table
+from .table import plan_json, plan_table
 from .zero import Zero
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     if given.benchmark is not None:
         rate, source = benchmark_rate(given.benchmark, planner.recipe, planner.weights(False).count, given.device)
     cost = _cost(planner, rows[0].zero, rate, source, given.train_tokens)
-    print(json.dumps(_as_json(rows, cost), indent=1) if given.json else _table(planner, rows, cost, given))
+    print(json.dumps(plan_json(rows, cost), indent=1) if given.json else plan_table(planner, rows, cost, given))
 
 
 def _check(given: Any) -> None:

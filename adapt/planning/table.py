@@ -10,7 +10,7 @@ from .planner import Planner, Row
 COLUMNS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total")
 
 
-def _as_json(rows: list[Row], cost: dict[str, Any]) -> dict[str, Any]:
+def plan_json(rows: list[Row], cost: dict[str, Any]) -> dict[str, Any]:
     ways = [
         {
             "way": str(row.zero),
@@ -23,7 +23,7 @@ def _as_json(rows: list[Row], cost: dict[str, Any]) -> dict[str, Any]:
     return {"bytes_per_rank": ways, **cost}
 
 
-def _table(planner: Planner, rows: list[Row], cost: dict[str, Any], given: Any) -> str:
+def plan_table(planner: Planner, rows: list[Row], cost: dict[str, Any], given: Any) -> str:
     recipe, weights = planner.recipe, planner.weights(False)
     ranks = _counted(planner.gpus, "GPU" if given.device == "cuda" else "CPU process")
     in_micro_batch = _counted(recipe.training.micro_batch_size, "row")
@@ -46,7 +46,7 @@ def _table(planner: Planner, rows: list[Row], cost: dict[str, Any], given: Any) 
     for row in cells:
         rest = "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append(f"{row[0]:<{widths[0]}}  {rest}")
-    lines += ["* as the recipe has it", *_legend(recipe, rows[0]), *_fit(recipe, rows[0], planner.gpus, given), ""]
+    lines += ["* as the recipe has it", *legend(recipe, rows[0]), *_fit(recipe, rows[0], planner.gpus, given), ""]
     micro_batches = _counted(cost["accumulation_steps"], "micro-batch")
     lines.append(
         f"a step: {_counted(recipe.training.global_batch_size, 'row')}, {micro_batches} on each rank, "
@@ -67,7 +67,7 @@ def _counted(number: int, word: str) -> str:
     return f"{number:,} {word}{ending}"
 
 
-def _legend(recipe: Recipe, own: Row) -> list[str]:
+def legend(recipe: Recipe, own: Row) -> list[str]:
     """What each way keeps on a rank, for a reader who does not know ZeRO."""
     is_bf16 = recipe.training.precision == "bf16"
     whole = "weights, gradients and optimizer whole on each rank"

@@ -36,7 +36,7 @@ from .checkpoints.resume import begun_precision, hold, newest_checkpoint, remove
 from .checkpoints.save import facts, save_final, save_provenance
 from .checkpoints.seal import gathered
 from .data.examples import load_examples, load_rows
-from .data.run_rows import check_curriculum, packed_rows, summary, that_fit
+from .data.run_rows import check_curriculum, packed_rows, summary, whole_copies
 from .data.views import Canvases
 from .engine.arguments import check_schedule, training_arguments, whole_weights
 from .interruption import Terminated, failures_name_the_checkpoint
@@ -126,7 +126,7 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
             piece_length=canvases.piece_length(recipe.data.seq_len),
             is_main_process=is_main,
         )
-    examples = that_fit(recipe, canvases, examples, is_main)
+    examples = whole_copies(recipe, canvases, examples, is_main)
     if is_main and canvases.is_ar and (ignored := ignored_by_ar(recipe)):
         print(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}", file=sys.stderr)
     dataset, longest_canvas = packed_rows(recipe, canvases, examples)

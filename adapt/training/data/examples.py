@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from ...conversion import mask_token
+from ... import tokens
 from ...tokens import text_ids
 from ..sections import DataConfig
 
@@ -93,7 +93,8 @@ def load_examples(
         raise ValueError(
             f"data.train={config.train}: nothing to noise in it: no text, completion or assistant turn; check data.columns"
         )
-    return _fit(examples, config, is_main_process)
+    needed = lengths(examples, "context") + lengths(examples, "target")
+    return drop_too_long(examples, needed, config, is_main_process, what="are longer")
 
 
 def lengths(examples: Dataset, column: str) -> np.ndarray:
@@ -254,19 +255,26 @@ def _checked(values: list, column: str) -> list[str]:
     return values
 
 
-def _fit(examples: Dataset, config: DataConfig, is_main_process: bool) -> Dataset:
-    sizes = lengths(examples, "context") + lengths(examples, "target")
-    fits = sizes <= config.seq_len
+def drop_too_long(
+    examples: Dataset, needed: np.ndarray, config: DataConfig, is_main_process: bool, *, what: str, todo: str = ""
+) -> Dataset:
+    """The examples whose needed [E] tokens fit into a row; ValueError where others are there and data.too_long is error.
+
+    what: says in words what they need; todo: what else than a longer row or data.too_long helps.
+    """
+    fits = needed <= config.seq_len
     if fits.all():
         return examples
-    too_long = f"data.seq_len={config.seq_len}: {(~fits).sum()} of {len(sizes)} examples are longer, the longest {sizes.max()} tokens"
+    too_long = (
+        f"data.seq_len={config.seq_len}: {(~fits).sum()} of {len(needed)} examples {what}, up to {needed.max()} tokens"
+    )
     if config.too_long == "error":
-        raise ValueError(f"{too_long}; set data.seq_len={sizes.max()} or data.too_long=drop")
+        raise ValueError(f"{too_long}; set data.seq_len={needed.max()} or data.too_long=drop{todo}")
     if not fits.any():
-        raise ValueError(f"{too_long}, and data.too_long=drop leaves none; set data.seq_len={sizes.min()} or more")
+        raise ValueError(f"{too_long}, and data.too_long=drop leaves none; set data.seq_len={needed.min()} or more")
     if is_main_process:
         print(f"{too_long}: dropped", file=sys.stderr)
     return examples.select(np.flatnonzero(fits))
 
 
-_TOKENISER_SOURCE = inspect.getsource(sys.modules[__name__]) + inspect.getsource(mask_token)
+_TOKENISER_SOURCE = inspect.getsource(sys.modules[__name__]) + inspect.getsource(tokens)

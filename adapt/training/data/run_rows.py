@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from ..recipe import Recipe
 from .batch import PackedRows
-from .examples import lengths
+from .examples import drop_too_long, lengths
 from .packing import Packing
 from .views import Canvases
 
 
-def that_fit(recipe: Recipe, canvases: Canvases, examples: Dataset, is_main: bool) -> Dataset:
+def whole_copies(recipe: Recipe, canvases: Canvases, examples: Dataset, is_main: bool) -> Dataset:
     """The examples that fit into a row with all their copies, in any epoch: a run of days must not end at one long tail."""
-    seq_len = recipe.data.seq_len
     needed = canvases.room_needed(lengths(examples, "context"), lengths(examples, "target"))
-    fits = needed <= seq_len
-    if fits.all():
-        return examples
-    too_long = f"data.seq_len={seq_len}: {(~fits).sum()} of {len(fits)} examples take more with all their copies, up to {needed.max()}"
-    if recipe.data.too_long == "error":
-        raise ValueError(f"{too_long}; set data.seq_len={needed.max()}, data.too_long=drop, or lower objective.views")
-    if not fits.any():
-        raise ValueError(f"{too_long}, and data.too_long=drop leaves none; set data.seq_len={needed.min()} or more")
-    if is_main:
-        print(f"{too_long}: dropped", file=sys.stderr)
-    return examples.select(np.flatnonzero(fits))
+    what, todo = "take more with all their copies", ", or lower objective.views"
+    return drop_too_long(examples, needed, recipe.data, is_main, what=what, todo=todo)
 
 
 def packed_rows(recipe: Recipe, canvases: Canvases, examples: Dataset) -> tuple[PackedRows, int]:

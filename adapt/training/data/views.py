@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...attention.views import canvas_context_lengths, clean_context_lengths
+from ...attention.views import clean_context_lengths, noisy_view
 from ...noise.absorbing import cart_weight, complement_weight, elbo_weight, q_sample, sample_t
 from ...noise.hybrid import corrupt
 from ...noise.keyed import generator_for, uniform_for
@@ -199,12 +199,7 @@ class Canvases:
     def _noisy(
         self, text: Tensor, position: Tensor, view: int, num_context: int, offset: int, place: Place, size: int
     ) -> dict[str, Tensor]:
-        is_block = self.attention == "block"
-        block = position // size - int(position[0]) // size if is_block else torch.zeros_like(position)
-        sees = canvas_context_lengths(self.spec, position, size)
-        predictor = offset + torch.arange(len(position))
-        if self.spec.shift_logits:
-            predictor = torch.where(position == sees, sees - 1, predictor - 1)
+        _, block, view_ids, sees, predictor = noisy_view(self.spec, position, offset, view, size)
         loss_mask = (predictor >= 0) & (position >= num_context)
         x0 = text[position]
         t = self._times(place, view, int(block[-1]) + 1)[block]
@@ -227,7 +222,7 @@ class Canvases:
             "loss_weight": loss_weight,
             "position": position,
             "context_length": sees,
-            "view": 1 + view * (int(block[-1]) + 1) + block,
+            "view": view_ids,
         }
 
     def _pair(self, view: int) -> tuple[int, bool]:
