@@ -38,7 +38,7 @@ VERBS: dict[str, Verb] = {
     "lm_eval": Verb("adapt_eval.lm:main", "lm-eval's own command line, with `--model adapt`"),
     "export": Verb("adapt.export.export:main", "a folder that works without this package"),
     "doctor": Verb("adapt.doctor.doctor:main", "what this machine can run, and what is missing"),
-    "quickstart": Verb("adapt.quickstart:main", "the whole path on a small model, on a laptop CPU"),
+    "quickstart": Verb("adapt_recipes.quickstart.quickstart:main", "the whole path on a small model, on a laptop CPU"),
 }
 
 _EXAMPLES = """\

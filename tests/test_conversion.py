@@ -24,6 +24,7 @@ from adapt.conversion.convert import convert
 from adapt.model.forward import hidden_states
 from adapt.model.head import output_head
 from adapt.spec import DiffusionSpec
+from adapt_recipes.quickstart.smollm2 import cached_smollm2
 
 KINDS = ["llama", "qwen3", "gemma3", "gpt2"]
 ATTENTIONS = ["bidirectional", "prefix"]
@@ -172,22 +173,15 @@ def test_a_bidirectional_checkpoint_loaded_plainly_attends_as_our_explicit_mask(
     torch.testing.assert_close(plain(tokens).logits, ours, rtol=1e-4, atol=1e-4)
 
 
-def _smollm2() -> Path | None:
-    from adapt.conversion.gguf import SMOLLM2, _default_cache
-
-    gguf = _default_cache() / Path(SMOLLM2.member).name
-    return gguf if gguf.is_file() else None
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
-    _smollm2() is None, reason="SmolLM2's GGUF is not in the cache (adapt.conversion.gguf.fetch_smollm2)"
+    cached_smollm2() is None, reason="SmolLM2's GGUF is not in the cache; `adapt quickstart` puts it there"
 )
 @torch.no_grad()
 def test_smollm2_from_its_gguf_keeps_its_causal_mode_and_attends_as_promised(tmp_path):
     from adapt.conversion.gguf import load_gguf
 
-    gguf = _smollm2()
+    gguf = cached_smollm2()
     assert gguf is not None
     original, tokenizer = load_gguf(gguf)
     tokens = tokenizer("The capital of France is Paris, and that of Italy is", return_tensors="pt").input_ids

@@ -9,15 +9,18 @@ from types import ModuleType
 
 import pytest
 
-from adapt import extraction
-from adapt.conversion import gguf as gguf_source
-from adapt.extraction import MAX_COMPLETION_CHARS, MAX_PROMPT_CHARS, TASK, examples, write_dataset
-from adapt.extraction_words import POOLS, SCHEMAS
+from adapt.conversion.gguf import load_tokenizer
+from adapt_recipes.quickstart import extraction
+from adapt_recipes.quickstart.extraction import MAX_COMPLETION_CHARS, MAX_PROMPT_CHARS, TASK, examples, write_dataset
+from adapt_recipes.quickstart.pools import POOLS, SCHEMAS
+from adapt_recipes.quickstart.smollm2 import cached_smollm2
 
-GOLDEN = {
+GOLDEN = {  # 40 training and 20 test examples of seed 0
     "train.jsonl": "b9f1c086bda6bf44a79b1d83cbd6397ef46a4acbd811375ed1948a098e9d4efe",
     "test.jsonl": "3dde3768e36c292ac345232af69d7ecc3964e8084190b6368a6123c0fa1451a9",
 }
+
+GOLDEN_FULL = "9f1e451251459b6a443e30dfdafbe7dd6fb5046a98a5e035f3bbf66d3b09cb7d"  # 3,000 training examples of seed 1
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -33,6 +36,11 @@ def test_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     write_dataset(tmp_path, train=40, test=20, seed=0)
     found = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in GOLDEN}
     assert found == GOLDEN
+
+
+def test_the_quickstarts_own_data_are_the_same_bytes_too(tmp_path: Path) -> None:
+    write_dataset(tmp_path, train=3000, test=500, seed=1)
+    assert hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest() == GOLDEN_FULL
 
 
 def test_seeds_differ_and_a_longer_split_begins_with_the_shorter(folder: Path, tmp_path: Path) -> None:
@@ -104,10 +112,9 @@ def test_lengths_in_characters(folder: Path) -> None:
 
 
 def test_lengths_in_smollm2_tokens(folder: Path) -> None:
-    path = gguf_source._default_cache() / Path(gguf_source.SMOLLM2.member).name
-    if not path.is_file():
-        pytest.skip(f"{path} is not in the cache; `adapt quickstart` puts it there")
-    tokenizer = gguf_source.load_tokenizer(path)
+    if (path := cached_smollm2()) is None:
+        pytest.skip("SmolLM2's GGUF is not in the cache; `adapt quickstart` puts it there")
+    tokenizer = load_tokenizer(path)
     data = rows(folder / "train.jsonl") + rows(folder / "test.jsonl")
     prompts, completions = (
         [len(ids) for ids in tokenizer([row[part] for row in data]).input_ids] for part in ("prompt", "completion")

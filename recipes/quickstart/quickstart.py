@@ -5,7 +5,7 @@
 
 The task is structured extraction: a sentence or two in, a JSON object out. Three arms stand in the report: the original with
 examples in its prompt; the original fine-tuned autoregressively on the training data (control); and the adapted model, which
-is the control converted to a diffusion LM and trained on the same data. Recipes: recipes/quickstart/.
+is the control converted to a diffusion LM and trained on the same data. Recipes: control.yaml and adapted.yaml.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from pathlib import Path
 
 import torch
 
-from .arguments import CommandParser
-from .conversion.convert import convert
-from .decoding.settings import SamplerConfig
+from adapt.arguments import CommandParser
+from adapt.conversion.convert import convert
+from adapt.conversion.gguf import gguf_to_folder
+from adapt.decoding.settings import SamplerConfig
+
 from .extraction import TASK, write_dataset
+from .smollm2 import fetch_smollm2
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def quickstart(out: Path, *, fast: bool = False, seed: int = 1) -> dict:
     step(1, "the base model")
     base = out / "base"
     if not base.exists():
-        _tiny_base(base, out) if fast else _smollm2(base)
+        _tiny_base(base, out) if fast else gguf_to_folder(fetch_smollm2(), base)
     step(2, f"the data: {scale.num_train} training and {scale.num_test} test examples of sentence -> JSON")
     data = write_dataset(out / "data", train=scale.num_train, test=scale.num_test, seed=seed)
     step(3, "train the control arm: the original, fine-tuned autoregressively")
@@ -115,12 +118,6 @@ def _refuse_other_run(out: Path, settings: dict) -> None:
         )
 
 
-def _smollm2(base: Path) -> None:
-    from .conversion.gguf import fetch_smollm2, gguf_to_folder
-
-    gguf_to_folder(fetch_smollm2(), base)
-
-
 def _tiny_base(base: Path, out: Path) -> None:
     """A random Llama of 0.2 M parameters with a tokenizer trained on the task's own text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -164,7 +161,7 @@ def _train(arm: str, init: Path, out: Path, scale: Scale, seed: int) -> Path:
     if final.exists():
         print(f"{final} is there already: reused", file=sys.stderr)
         return final
-    recipes = Path(importlib.import_module("adapt_recipes").__file__ or "").parent
+    folder = Path(__file__).resolve().parent
     num_gpus = torch.cuda.device_count()
     scripts = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
@@ -172,8 +169,8 @@ def _train(arm: str, init: Path, out: Path, scale: Scale, seed: int) -> Path:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))  # one rank has all cores
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(recipes / "train.py")),
-        *("--config", str(recipes / "quickstart" / f"{arm}.yaml")),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(folder.parent / "train.py")),
+        *("--config", str(folder / f"{arm}.yaml")),
         *("--model.base", str(init)),
         *("--data.train", str(out / "data" / "train.jsonl")),
         *("--training.output_dir", str(out / arm)),

@@ -1,6 +1,6 @@
 """Structured extraction, the quickstart's task: a sentence or two in, a JSON object out. Seeded, no download.
 
-    python -m adapt.extraction data/extraction --train 2000 --test 400 --seed 0
+    python -m adapt_recipes.quickstart.extraction data/extraction --train 2000 --test 400 --seed 0
 
 What the model sees, and after `JSON:` what it should write:
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from .extraction_words import POOLS, SCHEMAS, Schema, Value
+from .pools import POOLS, SCHEMAS, Schema, Value
 
 TASK = "extraction_json"
 """Name of the lm-eval task that `write_dataset` puts beside the data."""
@@ -83,8 +83,8 @@ def write_dataset(folder: str | Path, *, train: int = 2000, test: int = 400, see
 
 
 def task_yaml(folder: str | Path) -> str:
-    """Text of the lm-eval task over the data in `folder`, from the template `recipes/quickstart/extraction.yaml`."""
-    template = (files("adapt_recipes") / "quickstart" / "extraction.yaml").read_text(encoding="utf-8")
+    """Text of the lm-eval task over the data in `folder`, from the template `extraction.yaml`."""
+    template = (files(__package__) / "extraction.yaml").read_text(encoding="utf-8")
     for name in ("train", "test"):
         template = template.replace(f"{name.upper()}_JSONL", json.dumps(str(Path(folder).resolve() / f"{name}.jsonl")))
     return template
