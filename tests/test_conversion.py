@@ -179,7 +179,7 @@ def _smollm2() -> Path | None:
     return gguf if gguf.is_file() else None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     _smollm2() is None, reason="SmolLM2's GGUF is not in the cache (adapt.conversion.gguf.fetch_smollm2)"
 )
