@@ -59,7 +59,7 @@ def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str, patch: st
     from adapt.cli import main
 
     multiprocessing.set_start_method("fork", force=True)  # as a run has it: loader processes in milliseconds
-    exec(patch, {"rank": rank})
+    exec(patch, {"rank": rank, "argv": argv})
     code = main(["train", *argv])
     sys.stderr.flush()
     os._exit(code)  # without the interpreter's farewell, in which a process group of ranks that are gone may hang

@@ -1,4 +1,4 @@
-"""Where a step's time goes: the operators of torch.profiler, summed by the part of the step that they belong to.
+"""Where a step's time goes: the operators of torch.profiler, summed and counted by the part of the step that they belong to.
 
 Modules mark their forward; a backward operator belongs to the part whose forward made its autograd node.
 """
@@ -38,7 +38,7 @@ def profiler(model: Any) -> profile:
 
 
 def shares(done: profile, seconds: float) -> dict[str, Any]:
-    """Seconds of each part (on the GPU if there is one, else self CPU time), and the operators that took most of it."""
+    """Seconds (on the GPU if there is one, else self CPU time) and operators of each part, and those that took most of it."""
     events = list(done.events())
     part_of_node = {}
     for event in sorted(events, key=lambda e: e.time_range.start):
@@ -46,14 +46,18 @@ def shares(done: profile, seconds: float) -> dict[str, Any]:
             # The last operator before the counter moved on is the one that made the node.
             part_of_node[event.sequence_nr] = _part(event, {})
     parts: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
     for event in events:
-        parts[_part(event, part_of_node)] += _self_seconds(event)
+        part = _part(event, part_of_node)
+        parts[part] += _self_seconds(event)
+        calls[part] += 1
     averages = done.key_averages()
     total = sum(_self_seconds(e) for e in averages)
     top = sorted(averages, key=_self_seconds, reverse=True)[:25]
     return {
         "seconds": seconds,
-        "parts": {part: parts.get(part, 0.0) for part in PARTS},
+        "parts": {part: parts[part] for part in PARTS},
+        "calls": {part: calls[part] for part in PARTS},
         "operators": [
             {"name": e.key, "calls": e.count, "self_seconds": _self_seconds(e), "share": _self_seconds(e) / total}
             for e in top

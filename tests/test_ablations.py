@@ -233,7 +233,7 @@ def command(base_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return launch, folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_command_tunes_trains_scores_and_writes_and_a_second_one_only_writes(command) -> None:
     launch, folder = command
     first = launch()
@@ -260,7 +260,7 @@ def test_one_command_tunes_trains_scores_and_writes_and_a_second_one_only_writes
     assert ablation_figures.read_runs(folder / "runs.jsonl").keys() >= {PLAN.tuning("block 16", 1e-3).key}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_answers_of_any_model_fill_a_section_of_their_own_and_a_second_command_only_writes(
     command, tmp_path: Path
 ) -> None:

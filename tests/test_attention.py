@@ -122,7 +122,7 @@ def test_flex_attention_masks_are_the_same_rule():
         assert torch.equal(block_mask.mask_mod(b, b, q, k), dense[kind][0, 0])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @torch.no_grad()
 def test_flex_attention_equals_sdpa(diffusion_lm):

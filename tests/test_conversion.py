@@ -173,7 +173,7 @@ def test_a_bidirectional_checkpoint_loaded_plainly_attends_as_our_explicit_mask(
     torch.testing.assert_close(plain(tokens).logits, ours, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     cached_smollm2() is None, reason="SmolLM2's GGUF is not in the cache; `adapt quickstart` puts it there"
 )

@@ -1,19 +1,30 @@
-"""Two ranks under the deepspeed launcher, on CPU: the curve of one rank, resume to the bit, folders that load."""
+"""Two ranks on CPU, under the deepspeed launcher and forked: the curve of one rank, resume to the bit, folders that load."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import kill_resume
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_trainer import losses_so_far
-from training_fixtures import finish, losses, metrics, recipe_argv, two_ranks, write_base, write_pairs
+from training_fixtures import (
+    DIES,
+    at_step,
+    finish,
+    losses,
+    metrics,
+    recipe_argv,
+    train_ranks,
+    two_ranks,
+    write_base,
+    write_pairs,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt.training import train
@@ -32,15 +43,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def launch(folder: Path, free_port: int):
-    """Starts two ranks on recipes/train.py; the launcher's process."""
-
-    def launch(name: str, **overrides) -> subprocess.Popen[str]:
+@pytest.fixture(scope="module")
+def argv(folder: Path) -> Callable[..., list[str]]:
+    def argv(name: str, **overrides) -> list[str]:
         settings = {**SETTINGS, "training__micro_batch_size": 4, **overrides}
-        return two_ranks(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / name, **settings), free_port)
+        return recipe_argv(folder / "base", folder / "pairs.jsonl", folder / name, **settings)
 
-    return launch
+    return argv
+
+
+@pytest.fixture(scope="module")
+def train_two(folder: Path, argv) -> Callable[..., str]:
+    """Trains on two forked ranks to the end; what they said."""
+    return lambda name, **overrides: train_ranks(argv(name, **overrides), folder / f"{name}.log")
+
+
+@pytest.fixture(scope="module")
+def kill_ranks(folder: Path, argv) -> Callable[..., str]:
+    """Trains on two forked ranks until those of `dying` are killed in step 9; what they said."""
+
+    def kill_ranks(name: str, *dying: int, **overrides) -> str:
+        log = folder / f"{name}.log"
+        codes = kill_resume.finish(kill_resume.start(argv(name, **overrides), 2, log, at_step(8, dying, DIES)), log)
+        assert [code == -signal.SIGKILL for code in codes] == [rank in dying for rank in range(2)], log.read_text()
+        assert None not in codes
+        assert 0 not in codes
+        assert max(losses(folder / name)) == 8
+        return log.read_text()
+
+    return kill_ranks
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +84,47 @@ def assert_same_curve(found: Path, want: Path) -> None:
     assert list(losses(found).values()) == pytest.approx(list(losses(want).values()), rel=2e-6)
 
 
-def kill_at_step(step: int, process: subprocess.Popen[str], out: Path) -> None:
-    """SIGKILL to the launcher and its ranks once a run has logged `step`."""
-    while process.poll() is None and max(losses_so_far(out), default=0) < step:
-        time.sleep(0.002)
-    started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in started:
-        one.kill()
-    psutil.wait_procs(started)
-    process.communicate()
-    assert not (out / "model").exists(), "it ended before it could be killed"
-
-
-def test_zero2_on_two_ranks_has_the_curve_of_one_and_survives_sigkill_to_the_bit(launch, folder, one_rank) -> None:
-    output = finish(launch("zero2", training__deepspeed="zero2"))
+def test_zero2_on_two_ranks_has_the_curve_of_one_and_survives_a_rank_that_dies_to_the_bit(
+    train_two, kill_ranks, folder, one_rank
+) -> None:
+    output = train_two("zero2", training__deepspeed="zero2")
     assert output.count("16 steps of 8 rows on 2 ranks") == 1  # rank 0 alone speaks
-    assert "Warning" not in output
     assert_same_curve(folder / "zero2", one_rank)
     assert len(AutoModelForCausalLM.from_pretrained(folder / "zero2" / "model").state_dict()) > 10
 
-    kill_at_step(8, launch("killed", training__deepspeed="zero2"), folder / "killed")
-    assert "from step " in finish(launch("killed", training__deepspeed="zero2"))
+    said = kill_ranks("killed", 1, training__deepspeed="zero2")
+    assert said.count("another rank has died, look for what it said") == 1
+    assert "from step 6 " in train_two("killed", training__deepspeed="zero2")
     assert losses(folder / "killed") == losses(folder / "zero2")
     found, want = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "zero2"))
     assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_the_launcher_ends_with_the_rank_that_dies_and_a_restart_goes_on(argv, train_two, folder, free_port) -> None:
+    settings = {"training__save_steps": 5, "training__deepspeed": "zero2"}
+    process = two_ranks(argv("launched", **settings, training__num_steps=300), free_port)
+    while process.poll() is None and not (folder / "launched" / "checkpoints" / "checkpoint-5" / "COMPLETE").exists():
+        time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
+    ranks = [p for p in started if "train.py" in " ".join(p.cmdline()[1:3])]
+    assert len(ranks) == 2
+    ranks[-1].kill()
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode != 0
+    assert said.count("300 steps of 8 rows on 2 ranks") == 1  # rank 0 alone speaks
+    assert "Warning" not in said
+    assert "exits with return code = -9" in said
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+    more = max(kill_resume.losses(folder / "launched")) + 2
+    assert "from step " in train_two("launched", **settings, training__num_steps=more)
+
+
+@pytest.mark.exhaustive
+def test_the_launcher_ends_well_and_its_run_has_the_curve_of_one_rank(argv, folder, one_rank, free_port) -> None:
+    output = finish(two_ranks(argv("to-the-end", training__deepspeed="zero2"), free_port))
+    assert output.count("16 steps of 8 rows on 2 ranks") == 1
+    assert "Warning" not in output
+    assert_same_curve(folder / "to-the-end", one_rank)
 
 
 @pytest.mark.parametrize("terminated", [False, True], ids=["finished", "terminated"])
@@ -95,26 +143,26 @@ def test_the_command_leaves_no_process_group_whose_threads_could_abort_the_exit(
     assert not dist.is_initialized()
 
 
-def test_zero3_on_two_ranks_has_the_curve_of_one_and_leaves_whole_weights(launch, folder, one_rank) -> None:
-    finish(launch("zero3", training__deepspeed="zero3"))
+def test_zero3_on_two_ranks_has_the_curve_of_one_and_leaves_whole_weights(train_two, folder, one_rank) -> None:
+    train_two("zero3", training__deepspeed="zero3")
     assert_same_curve(folder / "zero3", one_rank)
     found = AutoModelForCausalLM.from_pretrained(folder / "zero3" / "model").state_dict()
     want = AutoModelForCausalLM.from_pretrained(one_rank / "model").state_dict()
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_under_zero3_ends_in_a_bf16_folder(launch, folder, one_rank) -> None:
-    finish(launch("bf16", training__deepspeed="zero3", training__precision="bf16", training__save_steps=0))
+def test_bf16_under_zero3_ends_in_a_bf16_folder(train_two, folder, one_rank) -> None:
+    train_two("bf16", training__deepspeed="zero3", training__precision="bf16", training__save_steps=0)
     assert list(losses(folder / "bf16").values()) == pytest.approx(list(losses(one_rank).values()), rel=0.05)
     assert AutoModelForCausalLM.from_pretrained(folder / "bf16" / "model").dtype == torch.bfloat16
 
 
-def test_lora_the_mask_row_and_a_teacher_under_zero3_have_the_curve_of_one_rank(launch, folder) -> None:
+def test_lora_the_mask_row_and_a_teacher_under_zero3_have_the_curve_of_one_rank(train_two, folder) -> None:
     settings = {"model__lora": {"r": 4}, "training__num_steps": 6, "training__learning_rate": 0.02}
     settings |= {"objective__distill_weight": 0.5}
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "lora", **settings)
     one = train.train(parse_recipe(argv)).parent
-    finish(launch("lora-zero3", training__deepspeed="zero3", **settings))
+    train_two("lora-zero3", training__deepspeed="zero3", **settings)
     assert_same_curve(folder / "lora-zero3", one)
     taught = ([line["distill_kl"] for line in metrics(out)] for out in (folder / "lora-zero3", one))
     assert next(taught) == pytest.approx(next(taught), rel=2e-6)
@@ -126,12 +174,12 @@ def test_lora_the_mask_row_and_a_teacher_under_zero3_have_the_curve_of_one_rank(
     assert rows.any(1).nonzero().flatten().tolist() == [mask]
 
 
-def test_lora_with_accumulation_under_zero3_survives_sigkill_to_the_bit(launch, folder) -> None:
+def test_lora_with_accumulation_under_zero3_survives_sigkill_to_the_bit(train_two, kill_ranks, folder) -> None:
     settings = {"model__lora": {"r": 4}, "training__learning_rate": 0.02, "training__deepspeed": "zero3"}
     settings |= {"training__micro_batch_size": 2}  # 2 ranks x 2 rows: accumulates twice
-    finish(launch("lora-whole", **settings))
-    kill_at_step(8, launch("lora-killed", **settings), folder / "lora-killed")
-    assert "from step " in finish(launch("lora-killed", **settings))
+    train_two("lora-whole", **settings)
+    kill_ranks("lora-killed", 0, 1, **settings)
+    assert "from step 6 " in train_two("lora-killed", **settings)
     assert losses(folder / "lora-killed") == losses(folder / "lora-whole")
     for part in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         found, want = (load_file(folder / name / part) for name in ("lora-killed", "lora-whole"))
@@ -143,19 +191,24 @@ def test_lora_with_accumulation_under_zero3_survives_sigkill_to_the_bit(launch, 
     assert list(found.values()) == pytest.approx(list(want.values()), rel=2e-5)
 
 
-def test_a_mistake_is_told_once_and_not_by_every_rank(launch, folder) -> None:
-    process = launch("never", training__deepspeed="zero2", data__train=folder / "none.jsonl")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+@pytest.mark.parametrize("launcher", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_a_mistake_is_told_once_and_not_by_every_rank(argv, folder, free_port, launcher: bool) -> None:
+    mistaken = argv("never", training__deepspeed="zero2", data__train=folder / "none.jsonl")
+    if launcher:
+        process = two_ranks(mistaken, free_port)
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode != 0
+    else:
+        log = folder / "never.log"
+        assert kill_resume.finish(kill_resume.start(mistaken, 2, log), log) == [1, 1]
+        output = log.read_text()
     assert output.count("adapt train: error: data.train=") == 1
     assert "Traceback" not in output
     assert not (folder / "never").exists()
 
 
-def test_one_process_without_the_launcher_runs_deepspeed_too(folder: Path, one_rank: Path, monkeypatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    settings = {**SETTINGS, "training__deepspeed": "zero0"}
-    argv = recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "alone", **settings)
-    subprocess.run([sys.executable, "-m", "adapt.cli", "train", *argv], check=True, capture_output=True)
+def test_one_process_without_the_launcher_runs_deepspeed_too(folder: Path, argv, one_rank: Path) -> None:
+    settings = {"training__deepspeed": "zero0", "training__micro_batch_size": 8}
+    train_ranks(argv("alone", **settings), folder / "alone.log", ranks=1)
     assert_same_curve(folder / "alone", one_rank)
     assert len(metrics(folder / "alone")) == 16

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import kill_resume
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_fixtures import losses, metrics, recipe_argv, write_base, write_pairs
+from training_fixtures import DIES, at_step, losses, metrics, recipe_argv, write_base, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
@@ -191,7 +189,7 @@ def test_annealing_starts_causal_opens_and_ends_bidirectional(run, monkeypatch: 
     assert curve(causal)[0] == pytest.approx(annealed[0], rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # torch's own, as it traces and compiles
 def test_compiled_layers_give_the_same_curve(run) -> None:
     compiled = curve(run(model__torch_compile=True, training__num_steps=2))
@@ -261,27 +259,27 @@ def test_resuming_where_logs_and_checkpoints_fall_apart_gives_the_same_curve(run
 
 
 HOLDING = """
-import sys, pathlib, adapt.training.checkpoints.resume
-with adapt.training.checkpoints.resume.hold(pathlib.Path(sys.argv[1])):
+import pathlib, time
+from adapt.training.checkpoints import resume
+with resume.hold(pathlib.Path(argv[0])):
     print("held", flush=True)
-    sys.stdin.read()
+    time.sleep(3600)
 """
 
 
 def test_a_folder_that_another_run_writes_to_is_refused_until_that_has_ended(run, tmp_path) -> None:
     out = run("alone", training__num_steps=1, training__save_steps=0)
     shutil.rmtree(out / "model")
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
+    log = tmp_path / "other.log"
+    (other,) = kill_resume.start([str(out)], 1, log, HOLDING)
+    while other.is_alive() and not (log.exists() and "held" in log.read_text()):
+        time.sleep(0.01)
     try:
         with pytest.raises(ValueError, match=rf"another run writes to it \(process {other.pid} on "):
             run("alone", training__num_steps=1, training__save_steps=0)
         assert not (out / "model").exists()
     finally:
-        other.kill()
-        other.communicate()
+        kill_resume.kill([other])
     assert (run("alone", training__num_steps=1, training__save_steps=0) / "model").is_dir()
 
 
@@ -321,48 +319,33 @@ def test_a_conversion_for_another_recipe_is_not_trained(run) -> None:
 
 # A child that dies by SIGKILL while checkpoint 6 is half-written: the weights are there, the optimizer is not.
 DIES_IN_SAVE = """
-import os, signal, sys
-from adapt import cli
-from adapt.training import train, trainer
+import os, signal
+from adapt.training import trainer
 save = trainer.DiffusionTrainer._save_optimizer_and_scheduler
 def cut(self, folder):
     if folder.endswith("checkpoint-6"):
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, folder)
 trainer.DiffusionTrainer._save_optimizer_and_scheduler = cut
-cli.main(["train", *sys.argv[1:]])
 """
 
 
 def test_a_killed_run_started_again_gives_the_curve_of_one_never_killed(run, base, pairs, tmp_path) -> None:
-    settings = {"training__num_steps": 40, "training__save_steps": 3}
-    whole, out = run("whole", **settings), tmp_path / "killed"
+    settings = {"training__num_steps": 15, "training__save_steps": 3}
+    whole, out, log = run("whole", **settings), tmp_path / "killed", tmp_path / "killed.log"
     argv = recipe_argv(base, pairs, out, **settings)
     # 1. Killed while it saves.
-    done = subprocess.run([sys.executable, "-c", DIES_IN_SAVE, *argv], capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    assert kill_resume.finish(kill_resume.start(argv, 1, log, DIES_IN_SAVE), log) == [-signal.SIGKILL], log.read_text()
     assert not (out / "checkpoints" / "checkpoint-6" / "COMPLETE").exists()
-    # 2. Killed at some step after 10.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "adapt.cli", "train", *argv], start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and max(losses_so_far(out), default=0) < 10:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    # 2. Killed between two saves.
+    assert kill_resume.finish(kill_resume.start(argv, 1, log, at_step(10, (0,), DIES)), log) == [-signal.SIGKILL]
+    assert max(losses(out)) == 10
     # 3. To the end.
     assert run("killed", **settings) == out
     assert losses(out) == losses(whole)
     assert [line["epoch"] for line in metrics(out)] == [line["epoch"] for line in metrics(whole)]
     found, want = (load_file(folder / "model" / "model.safetensors") for folder in (out, whole))
     assert all(torch.equal(found[name], want[name]) for name in want)
-
-
-def losses_so_far(out: Path) -> list[int]:
-    """Steps whose line is written to its end."""
-    path = out / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line)["step"] for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def test_examples_that_do_not_fit_with_their_copies_are_dropped_where_the_recipe_says_so(run, capsys) -> None:

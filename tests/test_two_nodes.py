@@ -14,7 +14,7 @@ from training_fixtures import finish, losses, recipe_argv, write_base, write_pai
 from adapt.training import train
 from adapt.training.recipe import parse_recipe
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 ROOT = Path(__file__).resolve().parents[1]
 
 

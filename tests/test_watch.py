@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import losses, metrics, recipe_argv, write_base, write_pairs
+from training_fixtures import losses, recipe_argv, train_ranks, write_base, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
@@ -19,8 +19,8 @@ from adapt.decoding.settings import SamplerConfig
 from adapt.training import train
 from adapt.training.recipe import parse_recipe
 from adapt.training.watch import samples as watch
+from adapt.training.watch.metrics import RunningMetrics
 
-TRAIN = Path(__file__).resolve().parents[1] / "recipes" / "train.py"
 SAMPLED = {"training__sample_steps": 2}
 
 
@@ -63,7 +63,10 @@ def assert_same_run(found: Path, want: Path) -> None:
         {"model__gradient_checkpointing": True, "data__num_workers": 1},
         pytest.param(
             {"model__torch_compile": True, "training__num_steps": 4},
-            marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")],  # torch's own, as it traces and compiles
+            marks=[
+                pytest.mark.exhaustive,
+                pytest.mark.filterwarnings("ignore"),
+            ],  # torch's own, as it traces and compiles
         ),
     ],
     ids=str,
@@ -188,11 +191,12 @@ def test_a_sample_that_cannot_be_decoded_is_told_and_the_run_goes_on(run, monkey
 
 
 def test_the_time_of_samples_is_in_no_rate(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
-    decode = watch.Samples._decode
-    monkeypatch.setattr(watch.Samples, "_decode", lambda self: time.sleep(3) or decode(self))
-    assert metrics(run(training__sample_steps=3, training__num_steps=3))[-1]["elapsed_s"] < 3
+    now = itertools.count(step=3.0)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: next(now)))  # of samples alone: 3 s each
+    left_out: list[float] = []
+    monkeypatch.setattr(RunningMetrics, "leave_out", lambda self, seconds: left_out.append(seconds))
+    run(**SAMPLED)
+    assert left_out == [3.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -218,29 +222,26 @@ def test_what_cannot_be_sampled_is_refused_before_weights_are_loaded(run, tmp_pa
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "deepspeed, objective", [(None, "nelbo"), ("zero2", "nelbo"), ("zero3", "nelbo"), ("zero3", "ar")]
+    "deepspeed, objective",
+    [
+        ("zero3", "nelbo"),
+        *(
+            pytest.param(deepspeed, objective, marks=pytest.mark.exhaustive)
+            for deepspeed, objective in [(None, "nelbo"), ("zero2", "nelbo"), ("zero3", "ar")]
+        ),
+    ],
 )
-def test_two_ranks_sample_what_one_does_and_their_curve_does_not_change(
-    folder, tmp_path, free_port, monkeypatch, deepspeed, objective
-) -> None:
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    runner = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port)]
-    if deepspeed is None:
-        runner = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
-
-    def launch(name: str, **more) -> Path:
+def test_two_ranks_sample_what_one_does_and_their_curve_does_not_change(folder, tmp_path, deepspeed, objective) -> None:
+    def on_two(name: str, **more) -> Path:
         settings = {"training__micro_batch_size": 4, "training__deepspeed": deepspeed, "objective__name": objective}
         argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / name, **settings, **more)
-        done = subprocess.run(
-            [sys.executable, "-m", *runner, str(TRAIN), *argv], capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert (done.stdout + done.stderr).count("forwards, ") == (3 if more else 0)  # rank 0 alone shows them
+        said = train_ranks(argv, tmp_path / f"{name}.log")
+        assert said.count("forwards, ") == (3 if more else 0)  # rank 0 alone shows them
         return tmp_path / name
 
-    watched = launch("watched", **SAMPLED)
+    watched = on_two("watched", **SAMPLED)
     if (deepspeed, objective) == ("zero3", "nelbo"):  # where all ranks take part
-        assert_same_run(watched, launch("alone"))
+        assert_same_run(watched, on_two("alone"))
     argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / "one", objective__name=objective, **SAMPLED)
     one = train.train(parse_recipe(argv)).parent
     assert list(losses(watched).values()) == pytest.approx(list(losses(one).values()), rel=2e-6)

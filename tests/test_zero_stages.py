@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_fixtures import finish, losses, recipe_argv, two_ranks, write_base, write_pairs
+from training_fixtures import finish, losses, recipe_argv, train_ranks, two_ranks, write_base, write_pairs
 
 from adapt.training import train
 from adapt.training.engine import arguments as engine
@@ -53,19 +53,27 @@ def operators() -> None:
     assert built.returncode == 0, built.stdout + built.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.usefixtures("operators")
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("zero0", marks=pytest.mark.exhaustive),
+        "zero1",
+        *(
+            pytest.param(name, marks=[pytest.mark.exhaustive, pytest.mark.usefixtures("operators")])
+            for name in ("zero2_offload", "zero3_offload")
+        ),
+    ],
+)
 def test_two_ranks_have_the_curve_of_one_process_without_deepspeed(
-    name: str, folder: Path, one_rank: dict[int, float], free_port: int
+    name: str, folder: Path, one_rank: dict[int, float]
 ) -> None:
     settings = {"training__deepspeed": name, "training__micro_batch_size": 4}
-    finish(two_ranks(argv(folder, name, **settings), free_port))
+    train_ranks(argv(folder, name, **settings), folder / f"{name}.log")
     assert losses(folder / name) == pytest.approx(one_rank, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.usefixtures("operators")
 def test_nvme_offload_has_that_curve_too_writes_the_weights_to_the_folder_and_cleans_up(
@@ -132,27 +140,22 @@ def test_nvme_without_libaio_names_the_package(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "swap").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
-def test_a_run_of_two_ranks_goes_on_on_one_and_then_on_two_as_if_it_had_never_stopped(
-    name: str, folder: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "name", ["zero2", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("zero1", "zero3"))]
+)
+def test_a_run_of_two_ranks_goes_on_on_one_and_then_on_two_as_if_it_had_never_stopped(name: str, folder: Path) -> None:
     schedule = {"base": "small", "training__lr_scheduler": "constant", "training__learning_rate": 0.01}
     whole = argv(folder, f"whole-{name}", **schedule, training__num_steps=12)
     train.train(parse_recipe(whole))
 
-    out = f"moved-{name}"
+    out, log = f"moved-{name}", folder / f"moved-{name}.log"
     schedule |= {"training__save_steps": 4, "training__deepspeed": name, "training__micro_batch_size": 4}
-    finish(two_ranks(argv(folder, out, **schedule, training__num_steps=4), free_port))
+    train_ranks(argv(folder, out, **schedule, training__num_steps=4), log)
     shutil.rmtree(folder / out / "model")
-
-    alone = argv(folder, out, **schedule, training__num_steps=8)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    done = subprocess.run([sys.executable, "-m", "adapt.cli", "train", *alone], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-4: written by 2 ranks, read by 1; converting it once" in done.stderr
+    said = train_ranks(argv(folder, out, **schedule, training__num_steps=8), log, ranks=1)
+    assert "checkpoint-4: written by 2 ranks, read by 1; converting it once" in said
     shutil.rmtree(folder / out / "model")
-    output = finish(two_ranks(argv(folder, out, **schedule, training__num_steps=12), free_port))
-    assert "checkpoint-8: written by 1 rank, read by 2; converting it once" in output
+    said = train_ranks(argv(folder, out, **schedule, training__num_steps=12), log)
+    assert "checkpoint-8: written by 1 rank, read by 2; converting it once" in said
     assert losses(folder / out) == pytest.approx(losses(folder / f"whole-{name}"), rel=1e-5)

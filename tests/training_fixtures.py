@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill_resume
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -116,6 +117,30 @@ def recipe_argv(base: Path, data: Path, out: Path, **overrides) -> list[str]:
         if value is not None:
             argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value, default=str).strip('"')]
     return argv
+
+
+def at_step(step: int, ranks: tuple[int, ...], does: str) -> str:
+    """A patch for `train_ranks`: in those ranks, where the step after `step` begins, it runs the Python line `does`."""
+    return f"""
+import os, psutil, signal
+from adapt.training import trainer
+real = trainer.DiffusionTrainer.compute_loss
+def compute_loss(self, model, inputs, *args, **kwargs):
+    if rank in {ranks} and self.state.global_step == {step}:
+        {does}
+    return real(self, model, inputs, *args, **kwargs)
+trainer.DiffusionTrainer.compute_loss = compute_loss
+"""
+
+
+DIES = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def train_ranks(argv: list[str], log: Path, ranks: int = 2, patch: str = "") -> str:
+    """Trains to the end in forked processes, a seventh of a launch's cost; what they said. `patch` is Python run in each first."""
+    codes = kill_resume.finish(kill_resume.start(argv, ranks, log, patch), log)
+    assert codes == [0] * ranks, log.read_text()
+    return log.read_text()
 
 
 def two_ranks(argv: list[str], port: int) -> subprocess.Popen[str]:
