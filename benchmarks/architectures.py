@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import adapt
 from adapt.conversion.base_model import check_architecture
-from adapt.model.kernels import default_kernel
+from adapt.model.kernels import _not_in_transformers, default_kernel
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 REASONS = {
@@ -153,7 +153,12 @@ def convert_and_check(model_type: str, name: str, model: PreTrainedModel, scratc
             kernels = check(model, lm)
         except (AssertionError, RuntimeError) as error:
             return Outcome(model_type, name, "WRONG", f"{attention}: {_one_line(error)}", kinds)
-    return Outcome(model_type, name, "converted", "", kinds, kernels, default_kernel(model.config, "cuda"))
+    return Outcome(model_type, name, "converted", "", kinds, kernels, kernel_on_gpu(model.config))
+
+
+def kernel_on_gpu(config: PretrainedConfig) -> str:
+    """The default kernel on a GPU for heads of real size: those of a tiny model are too narrow for FlexAttention."""
+    return "flex_attention" if _not_in_transformers(config) is None else default_kernel(config, "cuda")
 
 
 def _reason(error: ValueError, model_type: str) -> str:

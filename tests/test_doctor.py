@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapt.doctor import doctor
+from adapt.doctor.all_reduce import all_reduce_line
 
 
 def run(*argv: str, **env: object) -> subprocess.CompletedProcess[str]:
@@ -117,3 +119,12 @@ def test_a_rank_that_does_not_answer_is_named_in_one_line(rank: int, message: st
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(message, done.stderr), done.stderr
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_before_nccl_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=r"^all-reduce: local rank 1 has no GPU, torch sees 1 here"):
+        all_reduce_line(2)

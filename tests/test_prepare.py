@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from training_fixtures import losses, recipe_argv, write_base, write_pairs
 from transformers import (
     BioGptConfig,
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from adapt.training.recipe import DataConfig, ModelConfig, Recipe, TrainingConfig, parse_recipe
-from adapt.training.start_model import attention_kernel
+from adapt.training.start_model import attention_kernel, probe_kernel
 from adapt.training.train import train
 
 NO_DROPOUT = {"attention_dropout": 0.0}
@@ -41,6 +42,7 @@ def recipe(**model) -> Recipe:
     [
         (LlamaConfig(**NO_DROPOUT), "cuda", False, "flex_attention"),
         (LlamaConfig(**NO_DROPOUT), "cpu", False, "sdpa_pieces"),
+        (LlamaConfig(**SMALL), "cuda", False, "sdpa_pieces"),
         (LlamaConfig(**WITH_DROPOUT), "cuda", False, "sdpa_pieces"),
         (LlamaConfig(**WITH_DROPOUT), "cuda", True, "sdpa"),
         (BioGptConfig(), "cuda", False, "sdpa_pieces"),
@@ -53,7 +55,15 @@ def recipe(**model) -> Recipe:
         (OPTConfig(**SMALL, **NO_DROPOUT), "cpu", False, "sdpa_pieces"),
     ],
     ids=[
-        *("llama", "cpu", "dropout", "dropout, compiled", "dropout by another name", "not in transformers"),
+        *(
+            "llama",
+            "cpu",
+            "small heads",
+            "dropout",
+            "dropout, compiled",
+            "dropout by another name",
+            "not in transformers",
+        ),
         *("gemma2", "gemma2, cpu", "gemma2, compiled", "hands on no pieces", "knows two kernels", "positions"),
     ],
 )
@@ -66,14 +76,27 @@ def test_the_default_kernel_is_the_fastest_that_transformers_trains_the_model_wi
 @pytest.mark.parametrize(
     ("config", "said"),
     [
+        (LlamaConfig(**SMALL), "takes heads of 16 dimensions or more, and the base's have 8"),
         (LlamaConfig(**WITH_DROPOUT), "takes no dropout, and the base's config.json has attention_dropout=0.1"),
         (GPT2Config(), "transformers' gpt2 does not run with it"),
     ],
-    ids=["dropout", "gpt2"],
+    ids=["small heads", "dropout", "gpt2"],
 )
 def test_flex_attention_that_was_asked_for_is_refused_by_name(config: PretrainedConfig, said: str) -> None:
     with pytest.raises(ValueError, match=rf"^model.attn_implementation=flex_attention: .*{re.escape(said)}; use eager"):
         attention_kernel(recipe(attn_implementation="flex_attention"), config)
+
+
+def test_flex_attention_is_refused_where_there_is_no_gpu_to_train_on() -> None:
+    with pytest.raises(ValueError, match=r"^model.attn_implementation=flex_attention: has no backward pass on a CPU"):
+        attention_kernel(recipe(attn_implementation="flex_attention"), LlamaConfig(), "cpu")
+
+
+def test_on_a_gpu_a_conversion_is_probed_with_a_kernel_of_the_cpu_that_it_runs_on(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert attention_kernel(recipe(), LlamaConfig()) == "flex_attention"
+    assert probe_kernel(recipe(), LlamaConfig()) == "sdpa_pieces"
+    assert probe_kernel(recipe(attn_implementation="eager"), LlamaConfig()) == "eager"
 
 
 def test_transformers_refuses_what_we_refuse() -> None:

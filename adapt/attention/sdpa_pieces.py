@@ -149,7 +149,8 @@ def _run(
             parts.append(queries.new_zeros(*queries.shape[:-1], value.shape[-1]))  # MLA: not the queries' width
             continue
         keys, values = (_stretches(x[rows], piece.keys) for x in (key, value))
-        if gqa and mask is not None and query.is_cuda:  # CUDA has no fast kernel for both
+        # CUDA has no fast kernel for grouped heads with a mask or in float32: torch's own fallback keeps all scores.
+        if gqa and query.is_cuda and (mask is not None or value.dtype == torch.float32):
             keys, values = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (keys, values))
         parts.append(
             F.scaled_dot_product_attention(

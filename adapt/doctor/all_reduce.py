@@ -27,15 +27,13 @@ def all_reduce_line(timeout_s: int) -> str | None:
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
+    device = _own_gpu(int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
     hosts, store = _meet(rank, world_size, timeout_s)
     try:
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         timings = [_timed(megabytes, rank, world_size, device) for megabytes in _SIZES_MB]
-        dist.barrier()
+        _barrier(device)
         dist.destroy_process_group()
     except (RuntimeError, dist.DistError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -47,6 +45,22 @@ def all_reduce_line(timeout_s: int) -> str | None:
         return None
     figures = ", ".join(f"{size} MB in {1e3 * s:.1f} ms ({gb:.2f} GB/s)" for size, (s, gb) in zip(_SIZES_MB, timings))
     return f"ok       all-reduce       {world_size} ranks on {', '.join(sorted(set(hosts)))} over {backend}: sums right, {figures}"
+
+
+def _own_gpu(local_rank: int):
+    """The rank's GPU, made the current one; ValueError where it has none to itself, which NCCL refuses."""
+    import torch
+
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"all-reduce: local rank {local_rank} has no GPU, torch sees {torch.cuda.device_count()} here and NCCL wants one for each "
+            "rank; start fewer ranks, or hide the GPUs to test the network alone: CUDA_VISIBLE_DEVICES= adapt doctor ..."
+        )
+    # Else a rank that does not answer is NCCL's watchdog's, which aborts the process instead of raising an error.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _meet(rank: int, world_size: int, timeout_s: int):
@@ -83,6 +97,14 @@ def _meet(rank: int, world_size: int, timeout_s: int):
     return hosts, store
 
 
+def _barrier(device) -> None:
+    import torch.distributed as dist
+
+    dist.barrier(
+        device_ids=[device.index] if device.type == "cuda" else None
+    )  # NCCL guesses the GPU, and warns that it does
+
+
 def _timed(megabytes: int, rank: int, world_size: int, device) -> tuple[float, float]:
     """(seconds of one all-reduce, GB/s through each rank's link) of float32 tensors; ValueError for a wrong sum."""
     import torch
@@ -93,7 +115,7 @@ def _timed(megabytes: int, rank: int, world_size: int, device) -> tuple[float, f
     seconds = []
     for _ in range(_REPEATS):
         tensor = torch.full((numel,), float(rank + 1), device=device)
-        dist.barrier()
+        _barrier(device)
         start = time.perf_counter()
         dist.all_reduce(tensor)
         wrong = int((tensor != expected).sum())  # waits for the device

@@ -7,6 +7,8 @@ import inspect
 from typing import NoReturn
 
 import torch
+from torch._C import DispatchKey
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -16,6 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..attention.sdpa_pieces import NAME as PIECES
 from ..attention.windows import layer_windows
 from .parts import backbone_of
+
+_SMALLEST_HEAD = 16  # dimensions; FlexAttention's GPU kernels multiply tiles of no less
 
 
 def default_kernel(config: PretrainedConfig, device: str, *, compiled: bool = False) -> str:
@@ -64,8 +68,37 @@ def _takes_pieces(config: PretrainedConfig) -> bool:
     return False
 
 
+def _casts_under_autocast() -> bool:
+    """Whether FlexAttention casts its inputs as SDPA does: rotary positions leave queries and keys in float32, values in bf16."""
+    return DispatchKey.AutocastCUDA in flex_attention_op.py_kernels
+
+
+def _smallest_head(config: PretrainedConfig) -> int:
+    """Dimensions of a head, the fewest of queries and values (MLA has two); FlexAttention's size where the config tells none."""
+    sizes = [size for name in ("qk_head_dim", "v_head_dim") if isinstance(size := getattr(config, name, None), int)]
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if not sizes and isinstance(size := getattr(config, "head_dim", None), int):
+        sizes = [size]
+    elif not sizes and isinstance(width, int) and isinstance(heads, int):
+        sizes = [width // heads]
+    return min(sizes, default=_SMALLEST_HEAD)
+
+
 def _no_flex_attention(config: PretrainedConfig) -> str | None:
-    """Why transformers does not train the model with FlexAttention; None if it does."""
+    """Why FlexAttention does not train the model on a GPU; None if it does."""
+    if (obstacle := _not_in_transformers(config)) is not None:
+        return obstacle
+    if (size := _smallest_head(config)) < _SMALLEST_HEAD:
+        return f"it takes heads of {_SMALLEST_HEAD} dimensions or more, and the base's have {size}"
+    if not _casts_under_autocast():
+        return (
+            f"torch {torch.__version__} refuses what bf16 autocast hands it, or computes it in float32; upgrade torch"
+        )
+    return None
+
+
+def _not_in_transformers(config: PretrainedConfig) -> str | None:
+    """Why transformers does not train the model with FlexAttention, whatever its sizes; None if it does."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not getattr(model_class, "_supports_flex_attn", True):
         return f"transformers' {config.model_type} does not run with it"

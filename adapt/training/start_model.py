@@ -53,7 +53,7 @@ def check_base(recipe: Recipe) -> None:
 def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | None = None) -> str:
     """The recipe's model.attn_implementation, or what is fastest for that model on the device (cuda, cpu; None: this machine's).
 
-    Raises ValueError for FlexAttention where transformers does not train that model with it.
+    Raises ValueError for FlexAttention where it does not train that model, or on a CPU.
     """
     asked = recipe.model.attn_implementation
     if asked == "flex_attention" and (obstacle := _no_flex_attention(config)):
@@ -61,7 +61,20 @@ def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | Non
             f"model.attn_implementation=flex_attention: {obstacle}; use eager, sdpa or sdpa_pieces, or leave it out"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if asked == "flex_attention" and device == "cpu":
+        raise ValueError(
+            "model.attn_implementation=flex_attention: has no backward pass on a CPU, and torch sees no GPU here; leave it out"
+        )
     return asked or default_kernel(config, device, compiled=recipe.model.torch_compile)
+
+
+def probe_kernel(recipe: Recipe, config: PretrainedConfig) -> str:
+    """The kernel that the checkpoint is probed with on the CPU: the run's own, or instead of FlexAttention the CPU's fastest.
+
+    torch 2.13 writes C++ for FlexAttention on a CPU that does not compile; `benchmarks/gpu.py` proves the GPU's kernel.
+    """
+    kernel = attention_kernel(recipe, config)
+    return default_kernel(config, "cpu") if kernel == "flex_attention" else kernel
 
 
 def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Path:
@@ -72,8 +85,7 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
     if is_diffusion_checkpoint(base):
         _check_same_spec(recipe, Path(base), "is a diffusion checkpoint with {}; leave the setting out, or say that")
         if is_main:
-            kernel = attention_kernel(recipe, AutoConfig.from_pretrained(base))
-            load(base, device="cpu", attn_implementation=kernel)
+            load(base, device="cpu", attn_implementation=probe_kernel(recipe, AutoConfig.from_pretrained(base)))
         return Path(base)
     converted = output_dir / "converted"
     if not converted.exists() and is_main:
@@ -87,7 +99,7 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
             p_uniform=recipe.noise.p_uniform if recipe.noise.kind == "hybrid" else None,
             mask_token=recipe.model.mask_token,
             shift_logits=bool(recipe.model.shift_logits),
-            attn_implementation=partial(attention_kernel, recipe),
+            attn_implementation=partial(probe_kernel, recipe),
         )
     what = "was converted earlier with {}; remove it, or choose another training.output_dir"
     spec = _check_same_spec(recipe, converted, what)
