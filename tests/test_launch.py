@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from adapt.training.recipe import parse_recipe
 from adapt_launch import check_ds_config, ds_config
 
 LAUNCH = Path(ds_config("zero2")).resolve().parents[1]
@@ -132,26 +137,46 @@ import os, sys
 import torch
 import torch.distributed as dist
 
-dist.init_process_group("gloo")  # from the environment that DeepSpeed's launcher sets
+dist.init_process_group("gloo")  # from the environment that the launcher sets
 total = torch.tensor([float(os.environ["RANK"]) + 1])
 dist.all_reduce(total)
 with open(f"rank{os.environ['RANK']}.txt", "w") as out:
     print(int(total), os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], *sys.argv[1:], file=out)
 dist.destroy_process_group()
 """
+# What a shell would expand, split or end at.
+PROMPT = """It costs $(id) $5 `id` "x" {a,b} * ; \\ #"""
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project folder with the real scripts, and recipes/train.py that only adds up ranks."""
+    """A project folder with the real scripts, recipes/train.py that only adds up ranks, and a recipe."""
     shutil.copytree(LAUNCH, tmp_path / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "train.py").write_text(ALL_REDUCE)
-    monkeypatch.setenv(
-        "PATH", f"{tmp_path}{os.pathsep}{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    (tmp_path / "recipes" / "doctor.py").touch()
+    (tmp_path / "my recipe.yaml").write_text(
+        "model: {base: b}\ndata: {train: t.jsonl}\ntraining: {output_dir: o, num_steps: 2}\n"
     )
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    (tmp_path / "hosts").write_text((LAUNCH / "hostfile.example").read_text().replace("slots=8", "slots=1"))
+    environment = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
+        **{"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "HOSTFILE": "hosts", "NODE_RANK": "1"},
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NTASKS": "2"},
+        **{"SLURM_GPUS_PER_NODE": "h100:1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_SUBMIT_DIR": str(tmp_path)},
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # scontrol names two nodes that are both this machine; srun starts every task here.
+    _stand_in(tmp_path, "scontrol", "echo scontrol \"$@\" >> said; printf '127.0.0.1\\nlocalhost\\n'")
+    _stand_in(
+        tmp_path,
+        "srun",
+        """while [[ $1 == --* ]]; do shift; done
+pids=()
+for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i SLURM_LOCALID=0 "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid"; done""",
+    )
     return tmp_path
 
 
@@ -160,38 +185,94 @@ def _stand_in(folder: Path, name: str, body: str) -> None:
     (folder / name).chmod(0o755)
 
 
+def _script(project: Path, name: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | environment
+    command = ["bash", f"launch/{name}", *argv]
+    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("form", [[], ["--config"]], ids=["recipe", "--config"])
+@pytest.mark.parametrize("script", ["run_multinode.sh", "run_node.sh", "slurm.sbatch"])
+def test_every_script_takes_a_recipe_with_and_without_config_before_it(project: Path, script: str, form) -> None:
+    records = """for argument in "$@"; do printf '%s\\n' "$argument"; done > "$(basename "$0")${RANK:-}.txt\""""
+    for command in ("deepspeed", "python"):
+        _stand_in(project, command, records)
+    done = _script(project, script, *form, "my recipe.yaml", "--training.sample_prompt", PROMPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    asked = ["--config", "my recipe.yaml", "--training.sample_prompt", PROMPT]
+    files = {"run_multinode.sh": ["python.txt"], "run_node.sh": ["deepspeed.txt"]}
+    for file in files.get(script, ["python0.txt", "python1.txt"]):
+        found = (project / file).read_text().splitlines()
+        assert found[found.index("--config") :][:4] == asked
+        assert found.count("--config") == 1
+    if script == "run_multinode.sh":  # what goes to the nodes' shells
+        *_, train, config, file = (project / "deepspeed.txt").read_text().splitlines()
+        assert (train, config) == ("recipes/train.py", "--config")
+        assert re.fullmatch(r"\.launched-\d+-\d+\.yaml", file)
+
+
+@pytest.mark.parametrize("script", ["run_multinode.sh", "run_node.sh", "slurm.sbatch"])
+def test_every_script_starts_the_doctor(project: Path, script: str) -> None:
+    for command in ("deepspeed", "python"):
+        _stand_in(project, command, 'echo "$@" >> ran')
+    done = _script(project, script, SCRIPT="recipes/doctor.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(line.endswith("recipes/doctor.py") for line in (project / "ran").read_text().splitlines())
+
+
+def test_a_saved_recipe_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    """What run_multinode.sh hands to the nodes."""
+    asked = [
+        "--model.base",
+        "b",
+        "--data.train",
+        "['a','b']",
+        "--training.output_dir",
+        "o",
+        "--training.num_steps",
+        "2",
+    ]
+    asked += ["--training.sample_prompt", PROMPT, "--model.lora", "{r: 4}", "--training.nvme_path", "5"]
+    recipe = parse_recipe(asked)
+    recipe.save(tmp_path / "recipe.yaml")
+    assert parse_recipe(["--local_rank=1", "--config", str(tmp_path / "recipe.yaml")]) == recipe
+
+
 @pytest.mark.distributed
-def test_slurm_script_joins_one_deepspeed_per_node_into_one_world(
-    project: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # scontrol names two nodes that are both this machine; srun starts the task once for each of them.
-    _stand_in(project, "scontrol", "[ \"$*\" = 'show hostnames node-[0-1]' ]; printf '127.0.0.1\\nlocalhost\\n'")
-    _stand_in(
-        project,
-        "srun",
-        """while [[ $1 == --* ]]; do shift; done
-pids=()
-for ((i = 0; i < SLURM_JOB_NUM_NODES; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done
-for pid in "${pids[@]}"; do wait "$pid"; done""",
-    )
-    slurm = {"JOB_ID": "7", "JOB_NODELIST": "node-[0-1]", "JOB_NUM_NODES": "2", "GPUS_PER_NODE": "h100:1"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SLURM_SUBMIT_DIR", str(project))
-    monkeypatch.setenv("MASTER_PORT", str(free_port))
-    command = ["bash", "launch/slurm.sbatch", "my recipe.yaml", "--training.max_steps", "3"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+def test_slurm_script_makes_one_world_of_its_tasks(project: Path, free_port: int) -> None:
+    done = _script(project, "slurm.sbatch", "my recipe.yaml", "--training.max_steps", "3", MASTER_PORT=str(free_port))
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in (0, 1):
-        wrote = (project / f"rank{rank}.txt").read_text()
-        assert wrote == "3 2 0 --local_rank=0 --config my recipe.yaml --training.max_steps 3\n"
-    assert not list(project.glob(".hostfile*"))
+        assert (project / f"rank{rank}.txt").read_text() == "3 2 0 --config my recipe.yaml --training.max_steps 3\n"
+    assert (project / "said").read_text() == "scontrol show hostnames node-[0-1]\n"
+
+
+@pytest.mark.parametrize("near_limit", [True, False])
+def test_slurm_job_that_nears_its_limit_saves_and_is_queued_again(project: Path, near_limit: bool) -> None:
+    _stand_in(project, "srun", "trap 'exit 143' TERM; echo $$ > started; while true; do sleep 0.02; done")
+    _stand_in(project, "scancel", 'echo scancel "$@" >> said; kill -TERM "$(cat started)"')
+    job = subprocess.Popen(["bash", "launch/slurm.sbatch", "my recipe.yaml"], cwd=project, stdout=subprocess.PIPE)
+    while not (project / "started").exists() or not (project / "started").read_text().strip():
+        time.sleep(0.01)
+    if near_limit:
+        job.send_signal(signal.SIGUSR1)
+    else:
+        os.kill(int((project / "started").read_text()), signal.SIGTERM)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == (0 if near_limit else 143)
+    requeued = ["scancel --signal=TERM 7", "scontrol requeue 7"] if near_limit else []
+    assert (project / "said").read_text().splitlines() == ["scontrol show hostnames node-[0-1]", *requeued]
+    assert (b"the time limit is near" in said) == near_limit
+
+
+def test_slurm_script_wants_a_task_for_each_gpu(project: Path) -> None:
+    done = _script(project, "slurm.sbatch", "my recipe.yaml", SLURM_GPUS_PER_NODE="4")
+    assert done.returncode == 2
+    assert done.stderr == "--ntasks-per-node=1: one task drives one GPU; make it --gpus-per-node=4\n"
 
 
 @pytest.mark.distributed
-def test_multinode_script_starts_every_node_over_pdsh(
-    project: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_multinode_script_starts_every_node_over_pdsh_with_values_as_they_are(project: Path, free_port: int) -> None:
     # ssh answers; pdsh runs its command here once per host, with %n replaced by the node's rank as the real one does.
     _stand_in(project, "ssh", 'if [[ $* == *"hostname -I"* ]]; then echo 127.0.0.1; else echo ok; fi')
     _stand_in(
@@ -205,15 +286,13 @@ pids=()
 for i in "${!hosts[@]}"; do bash -c "${command//%n/$i}" & pids+=($!); done
 for pid in "${pids[@]}"; do wait "$pid"; done""",
     )
-    (project / "hosts").write_text((LAUNCH / "hostfile.example").read_text().replace("slots=8", "slots=1"))
-    monkeypatch.setenv("HOSTFILE", "hosts")
-    monkeypatch.setenv("MASTER_PORT", str(free_port))
-    command = ["launch/run_multinode.sh", "recipe.yaml", "--training.max_steps", "3"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+    argv = ["my recipe.yaml", "--training.sample_prompt", PROMPT]
+    done = _script(project, "run_multinode.sh", *argv, MASTER_PORT=str(free_port))
     assert done.returncode == 0, done.stdout + done.stderr
+    (recipe,) = project.glob(".launched-*.yaml")
+    assert yaml.safe_load(recipe.read_text())["training"]["sample_prompt"] == PROMPT
     for rank in (0, 1):
-        wrote = (project / f"rank{rank}.txt").read_text()
-        assert wrote == "3 2 0 --local_rank=0 --config recipe.yaml --training.max_steps 3\n"
+        assert (project / f"rank{rank}.txt").read_text() == f"3 2 0 --local_rank=0 --config {recipe.name}\n"
 
 
 @pytest.mark.parametrize(
@@ -224,8 +303,7 @@ for pid in "${pids[@]}"; do wait "$pid"; done""",
     ],
 )
 def test_multinode_script_refuses_in_one_line(project: Path, hostfile: str, argv: list[str], message: str) -> None:
-    env = os.environ | {"HOSTFILE": hostfile}
-    done = subprocess.run(["launch/run_multinode.sh", *argv], cwd=project, env=env, capture_output=True, text=True)
+    done = _script(project, "run_multinode.sh", *argv, HOSTFILE=hostfile)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
