@@ -1,7 +1,7 @@
 """A recipe: YAML plus dotted overrides. The sections are in `settings.py`; here is what must hold between them.
 
-    adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4 --data.train my.jsonl
-    python -m adapt.training.recipe whole.yaml --config ...      the recipe with all overrides and defaults, as a file
+adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4 --data.train my.jsonl
+python -m adapt.training.recipe whole.yaml --config ...      the recipe with all overrides and defaults, as a file
 """
 
 from __future__ import annotations
