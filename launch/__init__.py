@@ -1,5 +1,1 @@
-"""How a run is started: DeepSpeed JSONs (`ds/`), scripts for several nodes and Slurm, and the check before launch."""
-
-from .preflight import check_ds_config, ds_config, nvme_sections
-
-__all__ = ["check_ds_config", "ds_config", "nvme_sections"]
+"""How a run is started: DeepSpeed JSONs (`ds/`), a hostfile, and scripts for several nodes and Slurm. Data, no code."""

@@ -2,6 +2,7 @@
 # Train on several nodes over ssh. Type it once, on the first node, in the project's folder:
 #
 #   HOSTFILE=hostfile launch/run_multinode.sh recipes/MY_RECIPE.yaml --training.num_steps 1000
+#   HOSTFILE=hostfile SCRIPT=recipes/doctor.py launch/run_multinode.sh     do the ranks reach each other? before a long run
 #
 # The hostfile is like launch/hostfile.example. What must hold:
 #   - every node sees the project, its .venv, the data and the output folder under the same path (a shared disk);
@@ -13,18 +14,27 @@
 set -euo pipefail
 
 hostfile=${HOSTFILE:-hostfile}
+script=${SCRIPT:-recipes/train.py}
 usage="usage: HOSTFILE=FILE launch/run_multinode.sh RECIPE.yaml [--dotted.key value ...]"
-if [ $# -eq 0 ]; then
+if [ $# -eq 0 ] && [ "$script" = recipes/train.py ]; then
     echo "$usage" >&2
     exit 2
 elif [ ! -f "$hostfile" ]; then
     echo "HOSTFILE=$hostfile: no such file; copy launch/hostfile.example. $usage" >&2
     exit 2
-elif [ ! -f recipes/train.py ]; then
-    echo "recipes/train.py: not here ($PWD); start this script in the project's folder" >&2
+elif [ ! -f "$script" ]; then
+    echo "$script: not here ($PWD); start this script in the project's folder" >&2
     exit 2
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 
-exec deepspeed --hostfile "$hostfile" --launcher "${LAUNCHER:-pdsh}" --master_port "${MASTER_PORT:-29500}" \
-    recipes/train.py --config "$@"
+if [ "$script" = recipes/train.py ]; then
+    [[ $1 == -* ]] || set -- --config "$@"
+    # DeepSpeed hands arguments to the nodes' shells unquoted, which would expand "$5" or "*" in them: they go as a file. It is
+    # read when the ranks start, so that files of earlier starts are not needed any more.
+    find . -maxdepth 1 -name '.launched-*.yaml' -mmin +60 -delete
+    recipe=.launched-$(date +%s)-$$.yaml
+    python -m adapt.training.recipe "$recipe" "$@"
+    set -- --config "$recipe"
+fi
+exec deepspeed --hostfile "$hostfile" --launcher "${LAUNCHER:-pdsh}" --master_port "${MASTER_PORT:-29500}" "$script" "$@"

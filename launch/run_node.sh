@@ -3,10 +3,11 @@
 # NODE_RANK=0 on the first node of the hostfile, 1 on the second, and so on:
 #
 #   NODE_RANK=0 HOSTFILE=hostfile launch/run_node.sh recipes/MY_RECIPE.yaml --training.num_steps 1000
+#   NODE_RANK=0 HOSTFILE=hostfile SCRIPT=recipes/doctor.py launch/run_node.sh     do the ranks reach each other?
 #
 # The hostfile is like launch/hostfile.example. What must hold: every node sees the project, its .venv, the data and the
 # output folder under the same path, and reaches MASTER_PORT of the first one, which waits for all. Several network cards:
-# export NCCL_SOCKET_IFNAME=eth0 (on CPUs GLOO_SOCKET_IFNAME). `recipes/doctor.py` in place of the recipe: SCRIPT=recipes/doctor.py.
+# export NCCL_SOCKET_IFNAME=eth0 (on CPUs GLOO_SOCKET_IFNAME).
 set -euo pipefail
 
 hostfile=${HOSTFILE:-hostfile}
@@ -25,6 +26,6 @@ fi
 export PATH="$PWD/.venv/bin:$PATH"
 
 first=$(grep -v -E '^[[:space:]]*(#|$)' "$hostfile" | head -n 1 | cut -d ' ' -f 1)
-[ "$script" = recipes/train.py ] && set -- --config "$@"
+[ "$script" != recipes/train.py ] || [[ $1 == -* ]] || set -- --config "$@"
 exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:-$first}" \
     --master_port "${MASTER_PORT:-29500}" "$script" "$@"

@@ -310,6 +310,25 @@ def test_another_run_does_not_go_on_from_a_checkpoint(run, change, message) -> N
     assert len(losses(out)) == 6
 
 
+def test_a_run_that_goes_on_to_another_length_says_so_and_not_to_one_that_it_is_past(run, capsys) -> None:
+    out = run(training__save_steps=2, training__num_steps=4)
+    shutil.rmtree(out / "model")
+    capsys.readouterr()
+    with pytest.raises(
+        ValueError, match=r"training.num_steps=3: the run is at step 4 already .*give at least that many"
+    ):
+        run(training__save_steps=2, training__num_steps=3)
+    assert not (out / "model").exists()
+    run(training__save_steps=2, training__num_steps=5)
+    assert "adapt train: num_steps 4 -> 5: the schedule changes from here\n" in capsys.readouterr().err
+    shutil.rmtree(out / "model")
+    run(training__save_steps=2, training__num_steps=None, training__num_epochs=2.5, training__logging_steps=2)
+    assert "adapt train: num_steps 5 -> num_epochs 2.5: the schedule" in capsys.readouterr().err
+    shutil.rmtree(out / "model")
+    run(training__save_steps=2, training__num_steps=None, training__num_epochs=2.5)
+    assert "num_" not in capsys.readouterr().err
+
+
 def test_a_conversion_for_another_recipe_is_not_trained(run) -> None:
     out = run()
     shutil.rmtree(out / "model")

@@ -7,12 +7,12 @@ gradients in 2 bytes and float32 master weights; without DeepSpeed weights, grad
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..training.engine.ds_config import read_ds_config
 from ..training.recipe import Recipe
 
 # Bytes of optimizer state for each trained number. 8-bit states have a float32 scale for each block of 256; bitsandbytes
@@ -127,7 +127,7 @@ def zero_of(recipe: Recipe) -> Zero:
     name = recipe.training.deepspeed
     if name is None:
         return Zero(None)
-    config = importlib.import_module("adapt_launch").check_ds_config(name, {})
+    config = read_ds_config(name)
     section = config.get("zero_optimization", {})
 
     def number(key: str, default: float | None) -> float | None:

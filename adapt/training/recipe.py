@@ -1,11 +1,13 @@
 """A recipe: YAML plus dotted overrides. The sections are in `settings.py`; here is what must hold between them.
 
 adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4 --data.train my.jsonl
+python -m adapt.training.recipe whole.yaml --config ...      the recipe with all overrides and defaults, as a file
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -131,3 +133,10 @@ def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
     namespace = parser.parse_args(argv)
     config = parser.instantiate(namespace)
     return Recipe(config.model, config.data, config.training, config.noise, config.objective)
+
+
+if __name__ == "__main__":
+    try:
+        parse_recipe(sys.argv[2:]).save(Path(sys.argv[1]))
+    except ValueError as refused:
+        sys.exit(f"adapt train: error: {refused}")

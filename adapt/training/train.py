@@ -32,7 +32,14 @@ from ..arguments import wait_for_rank_zero
 from ..model.precision import about_precision, resolved_precision
 from ..spec import DiffusionSpec
 from .checkpoints.reshard import read_on_any_ranks
-from .checkpoints.resume import begun_precision, hold, newest_checkpoint, remove_unfinished, whole_checkpoints
+from .checkpoints.resume import (
+    begun_precision,
+    check_not_past,
+    hold,
+    newest_checkpoint,
+    remove_unfinished,
+    whole_checkpoints,
+)
 from .checkpoints.save import facts, save_final, save_provenance
 from .checkpoints.seal import gathered
 from .data.examples import load_examples, load_rows
@@ -131,6 +138,7 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
         print(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}", file=sys.stderr)
     dataset, longest_canvas = packed_rows(recipe, canvases, examples)
     args.max_steps = len(dataset) // recipe.training.global_batch_size
+    check_not_past(checkpoint, args.max_steps)
     check_schedule(recipe.training, args.max_steps, is_main)
     check_curriculum(recipe, args.max_steps)
     resharding = read_on_any_ranks(checkpoint, args)

@@ -87,7 +87,17 @@ def newest_checkpoint(recipe: Recipe) -> Path | None:
     _check_same_run(recipe, output_dir / "config.yaml")
     newest = _undamaged(candidates)
     _check_same_data(recipe, newest)
+    _say_changed_length(recipe, newest / "recipe.yaml")
     return newest
+
+
+def check_not_past(checkpoint: Path | None, num_steps: int) -> None:
+    """ValueError for a checkpoint of a later step than the run's last: its weights are not those of so short a run."""
+    if checkpoint is not None and _step(checkpoint) > num_steps:
+        raise ValueError(
+            f"training.num_steps={num_steps}: the run is at step {_step(checkpoint)} already ({checkpoint}); give at least that many, "
+            "or choose another training.output_dir"
+        )
 
 
 def begun_precision(recipe: Recipe) -> str | None:
@@ -153,6 +163,16 @@ def _check_same_run(recipe: Recipe, saved: Path) -> None:
                 f"{key}={now.get(key)}: the run in {saved.parent} was started with {was}; set that to go on with it, or choose "
                 "another training.output_dir"
             )
+
+
+def _say_changed_length(recipe: Recipe, saved: Path) -> None:
+    def length(training: dict[str, object]) -> tuple[str, object]:
+        return next((name, training[name]) for name in ("num_steps", "num_epochs") if training.get(name) is not None)
+
+    (name, was), (now, value) = length(yaml.safe_load(saved.read_text())["training"]), length(asdict(recipe.training))
+    if (name, was) != (now, value):
+        effect = "" if recipe.training.lr_scheduler == "constant" else ": the schedule changes from here"
+        _say(f"{name} {was} -> {value if now == name else f'{now} {value}'}{effect}")
 
 
 def _check_same_data(recipe: Recipe, checkpoint: Path) -> None:

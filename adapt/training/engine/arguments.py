@@ -20,6 +20,7 @@ from ..recipe import Recipe
 from ..sections import TrainingConfig
 from ..watch.trackers import PROJECT
 from .build_locks import check_build_locks
+from .ds_config import check_agrees, leave_to_the_recipe, nvme_sections, read_ds_config
 from .nvme import prepare_nvme
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -36,13 +37,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.model.quantization or ours.optimizer in _BITSANDBYTES:
         importlib.import_module("bitsandbytes")  # if it is missing, now and not when weights are loaded
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation_steps = ours.accumulation_steps(world_size)
     args = TrainingArguments(
         output_dir=ours.output_dir,
         max_steps=ours.num_steps or 1,
         per_device_train_batch_size=ours.micro_batch_size,
-        gradient_accumulation_steps=accumulation_steps,
-        deepspeed=_deepspeed(ours, accumulation_steps),
+        gradient_accumulation_steps=ours.accumulation_steps(world_size),
+        deepspeed=_deepspeed(ours, world_size),
         learning_rate=ours.learning_rate,
         lr_scheduler_type=ours.lr_scheduler,
         lr_scheduler_kwargs=ours.lr_scheduler_options or None,
@@ -112,24 +112,13 @@ def check_schedule(ours: TrainingConfig, num_steps: int, is_main: bool) -> None:
         ) from error
 
 
-def _deepspeed(ours: TrainingConfig, accumulation_steps: int) -> dict | None:
-    """The DeepSpeed config as the recipe wants it; ValueError where the JSON sets what the recipe owns to something else."""
+def _deepspeed(ours: TrainingConfig, world_size: int) -> dict | None:
+    """The DeepSpeed config, for transformers to fill in; ValueError where the run that it describes could not end well."""
     if ours.deepspeed is None:
         return None
-    # adapt_launch is the folder launch/ beside adapt/, under the name that it is installed as.
-    launch = importlib.import_module("adapt_launch")
-    config = launch.check_ds_config(
-        ours.deepspeed,
-        {
-            "train_batch_size": ("training.global_batch_size", ours.global_batch_size),
-            "train_micro_batch_size_per_gpu": ("training.micro_batch_size", ours.micro_batch_size),
-            "gradient_accumulation_steps": ("training.global_batch_size", accumulation_steps),
-            "gradient_clipping": ("training.max_grad_norm", ours.max_grad_norm),
-            "bf16.enabled": ("training.precision", ours.precision == "bf16"),
-            "optimizer.params.lr": ("training.learning_rate", ours.learning_rate),
-            "optimizer.params.weight_decay": ("training.weight_decay", ours.weight_decay),
-        },
-    )
+    config = read_ds_config(ours.deepspeed)
+    leave_to_the_recipe(config)
+    check_agrees(config, ours, world_size)
     offload = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
     if offload != "none" and ours.optimizer not in _ADAMW:
         # accelerate 1.15 swaps in DeepSpeed's CPU Adam, without weight decay's decoupling, and does not say so
@@ -159,7 +148,7 @@ def _deepspeed(ours: TrainingConfig, accumulation_steps: int) -> dict | None:
             "pip install --upgrade deepspeed"
         )
     check_build_locks()
-    prepare_nvme(ours, launch.nvme_sections(config))
+    prepare_nvme(ours, nvme_sections(config))
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     if "MASTER_PORT" not in os.environ:
         alone["MASTER_PORT"] = _free_port()
