@@ -8,13 +8,14 @@ Nothing heavy is imported before a verb is known: `adapt --help` answers at once
 
 import difflib
 import importlib
-import logging
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import NamedTuple
+
+from . import progress
 
 
 class Verb(NamedTuple):
@@ -48,7 +49,7 @@ examples:
   adapt generate out/smollm2 --prompt "The capital of France is" --show
   adapt compare --base HuggingFaceTB/SmolLM2-135M-Instruct --adapted out/smollm2 --tasks gsm8k --out out/report
   adapt VERB --help        the verb's options and examples
-  adapt VERB ... --debug   the whole traceback instead of one line"""
+  adapt VERB ... --debug   the whole traceback instead of one line, and all that libraries say"""
 
 # Which extra brings a module that a verb may miss; tests/test_cli.py holds this against pyproject.toml.
 _EXTRA_OF_MODULE = {
@@ -76,7 +77,7 @@ _USER_ERROR_NAMES = {"SafetensorError", "YAMLError"}
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 after a one-line error, 2 for wrong usage, 130 when interrupted.
 
-    With `--debug` anywhere among the arguments an error is raised, not summed up.
+    With `--debug` anywhere among the arguments an error is raised, not summed up, and libraries say what they like.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
@@ -90,12 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("adapt", _unknown(verb), code=2)
 
     _put_own_scripts_on_path()
-    # Said at import on CPUs with AVX-512 BF16, of a faster kernel that it does without; other lines of that logger stay.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
-    )
+    progress.debug = debug
+    progress.quiet_libraries()
     try:
-        return _quiet_when_closed(lambda: _function_of(verb)(rest))
+        return _quiet_when_closed(lambda: _run(verb, rest))
     except KeyboardInterrupt:
         if debug:
             raise
@@ -107,9 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"adapt {verb}", line, code=1)
 
 
-def _function_of(verb: str) -> Callable[[list[str]], int | None]:
+def _run(verb: str, args: list[str]) -> int | None:
+    """Runs it, and speaks for what does not speak for itself."""
     module, _, function = VERBS[verb].target.partition(":")
-    return getattr(importlib.import_module(module), function)
+    with progress.doing(f"adapt {verb}", bar=False):
+        with progress.doing(f"adapt {verb}: starting"):
+            run: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), function)
+        return run(args)
 
 
 def _quiet_when_closed(job: Callable[[], int | None]) -> int:

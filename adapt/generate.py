@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from . import progress
 from .arguments import CommandParser
 from .decoding.sampler import GenerateOutput
 from .decoding.settings import SamplerConfig
@@ -109,7 +110,8 @@ def main(argv: list[str]) -> None:
     lm = load(arguments.checkpoint, **how)
     started = time.perf_counter()
     if arguments.infill is not None:
-        text, output = fill(lm, arguments.infill, sampler, arguments.seed, arguments.show)
+        with progress.handed_over() if arguments.show else progress.doing("writing"):
+            text, output = fill(lm, arguments.infill, sampler, arguments.seed, arguments.show)
         print(text)
         return _figures([output], time.perf_counter() - started)
     if arguments.chat:
@@ -117,12 +119,16 @@ def main(argv: list[str]) -> None:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         prompts = [render(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     outputs = []
-    for start in range(0, len(prompts), arguments.batch_size):
-        chunk = prompts[start : start + arguments.batch_size]
-        texts, output = write(lm, chunk, arguments.max_new_tokens, sampler, arguments.seed + start, arguments.show)
-        outputs.append(output)
-        for prompt, text in zip(chunk, texts, strict=True):
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if arguments.prompts else text)
+    with progress.handed_over() if arguments.show else progress.doing("writing", total=len(prompts)) as task:
+        for start in range(0, len(prompts), arguments.batch_size):
+            chunk = prompts[start : start + arguments.batch_size]
+            texts, output = write(lm, chunk, arguments.max_new_tokens, sampler, arguments.seed + start, arguments.show)
+            outputs.append(output)
+            for prompt, text in zip(chunk, texts, strict=True):
+                line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if arguments.prompts else text
+                progress.say(line, file=sys.stdout)
+            if task is not None:
+                task.update(len(chunk))
     return _figures(outputs, time.perf_counter() - started)
 
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import progress
 from .decoding.sampler import GenerateOutput, generate, infill
 from .decoding.settings import SamplerConfig
 from .files import adapters
@@ -97,10 +98,11 @@ def load(
         stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
         dtype = default_dtype(stored, device)
     # 2. The weights, all of them.
-    model = _weights(folder, dtype, attn_implementation, trust_remote_code)
-    if adapter is not None:
-        model = adapters.merged(model, adapter)
-    model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    with progress.doing(f"loading {folder}"):
+        model = _weights(folder, dtype, attn_implementation, trust_remote_code)
+        if adapter is not None:
+            model = adapters.merged(model, adapter)
+        model.to(device).eval()  # pyright: ignore[reportArgumentType]
     if spec.mask_token_id >= (rows := len(model.get_input_embeddings().weight)):  # pyright: ignore[reportArgumentType]
         raise ValueError(
             f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the embedding has {rows} rows; convert again"

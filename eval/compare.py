@@ -11,23 +11,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.arguments import CommandParser
 from adapt.files.model_folder import check_model_folder, is_diffusion_checkpoint
 from adapt.model.precision import DTYPES, compute_dtype_of
+from adapt.progress import doing, say
 
 from .arms import choose_prompts, model_of, speed_arm
+from .causal_lm import CausalLM
 from .lm import AdaptLM
 from .measure import provenance, speed
 from .measure.likelihood import likelihood_row, texts_of
@@ -36,8 +35,6 @@ from .measure.quality import evaluate, find_tasks, quality_rows, quiet
 from .report.caveats import caveats
 from .report.page import refuse_existing, write_report
 from .report.words import headline, terminal_table
-
-_HFLM: Any = HFLM  # lm-eval's decorator hides the class from type checkers
 
 
 def compare(
@@ -87,14 +84,15 @@ def compare(
     if corpus is not None:
         next(texts_of(corpus), None)  # refuses a missing file now, not after an hour
     where, as_dtype = _device(device), _dtype(dtype, device)
-    manager = find_tasks(tasks, include_path)
+    with doing("finding the tasks", shown=progress):
+        manager = find_tasks(tasks, include_path)
 
-    def say(what: str) -> None:
+    def announce_step(what: str) -> None:
         if progress:
-            tqdm.write(what, file=sys.stderr)
+            say(f"compare: {what}")
 
     # 1. Load all arms: they take turns later, so they stand side by side.
-    say(f"compare: loading {', '.join(folders)} ({str(as_dtype).removeprefix('torch.')}, {where})")
+    announce_step(f"loading {', '.join(folders)} ({str(as_dtype).removeprefix('torch.')}, {where})")
     options = {"dtype": as_dtype, "attn_implementation": attn_implementation}
     lms: dict[str, Any] = {}
     for arm, folder in folders.items():
@@ -104,26 +102,29 @@ def compare(
                 lm, batch_size=batch_size, sampler=sampler, mc_samples=mc_samples, seed=seed, progress=progress
             )
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-            model.to(where)  # pyright: ignore[reportArgumentType]
-            with quiet("lm_eval"):
-                lms[arm] = _HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size)
+            with doing(f"loading {folder}", shown=progress), quiet("lm_eval"):
+                model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+                model.to(where)  # pyright: ignore[reportArgumentType]
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                lms[arm] = CausalLM(model, name=arm, shown=progress, tokenizer=tokenizer, batch_size=batch_size)
 
     # 2. Quality: each arm through lm-eval.
     shots = {"base": num_fewshot if base_num_fewshot is None else base_num_fewshot}
     settings = {"limit": limit, "seed": seed, "apply_chat_template": apply_chat_template}
     results: dict[str, dict[str, Any]] = {}
     for number, (arm, lm) in enumerate(lms.items(), 1):
-        say(f"compare: quality of {arm} ({number} of {len(lms)}) on {', '.join(tasks)}")
-        results[arm] = evaluate(lm, manager, tasks, num_fewshot=shots.get(arm, num_fewshot), **settings)
-    quality, warnings = quality_rows(results, seed=seed)
+        announce_step(f"quality of {arm} ({number} of {len(lms)}) on {', '.join(tasks)}")
+        with doing(f"{arm}: preparing and scoring the items", shown=progress):
+            results[arm] = evaluate(lm, manager, tasks, num_fewshot=shots.get(arm, num_fewshot), **settings)
+    with doing("pairing the items", shown=progress):
+        quality, warnings = quality_rows(results, seed=seed)
 
     # 3. Speed: all arms take turns on the same items' prompts.
     prompts = choose_prompts(results, speed_prompts, lms["adapted"])
     rows: list[dict[str, Any]] = []
     tokenizer = lms["base"].tokenizer
     if speed_repeats and prompts is not None:
-        say(f"compare: speed at batch size {', '.join(map(str, speed_batch_sizes))}, {speed_repeats} rounds")
+        announce_step(f"speed at batch size {', '.join(map(str, speed_batch_sizes))}, {speed_repeats} rounds")
         arms = [speed_arm(arm, lm, prompts, sampler, seed) for arm, lm in lms.items()]
         rows = speed.measure(
             arms, tokenizer=tokenizer, batch_sizes=speed_batch_sizes, repeats=speed_repeats, progress=progress
@@ -134,7 +135,7 @@ def compare(
     pareto = arm_points(report)
     for threshold in sweep if prompts is not None else ():
         assert prompts is not None
-        say(f"compare: sweep, threshold={threshold:g}")
+        announce_step(f"sweep, threshold={threshold:g}")
         pareto += sweep_point(report, lms["adapted"], threshold, prompts, results, manager, settings, num_fewshot,
                                tokenizer, speed_repeats, progress)  # fmt: skip
     likelihood = []
@@ -188,7 +189,8 @@ def compare(
         "provenance": sources, "quality": quality, "likelihood": likelihood, "speed": rows, "pareto": pareto,
         "warnings": warnings,
     }  # fmt: skip
-    write_report(report, out, samples={arm: r["samples"] for arm, r in results.items()}, overwrite=overwrite)
+    with doing("writing the report", shown=progress):
+        write_report(report, out, samples={arm: r["samples"] for arm, r in results.items()}, overwrite=overwrite)
     return report
 
 

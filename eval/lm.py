@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lm_eval.models  # noqa: F401  registering ours into an empty registry would keep lm-eval from loading its own
@@ -23,10 +24,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs, resolve_max_length
-from tqdm import tqdm
 
 import adapt
 from adapt.decoding.likelihood import nelbo
+from adapt.progress import Task, doing
 from adapt.tokens import text_ids
 
 from .measure.emitted import Stop, count_tokens, emitted_text, end_of_text_ids
@@ -173,7 +174,7 @@ class AdaptLM(TemplateLM):
         )
         generators: dict[str, torch.Generator] = {}
         texts: list[str] = []
-        with self._bar(len(requests), "generate_until", disable_tqdm) as bar:
+        with self._task(len(requests), "adapted: writing", disable_tqdm) as task:
             for batch in ordered.get_batched(n=self.batch_size):
                 contexts, gen_kwargs = [c for c, _ in batch], batch[0][1]
                 settings = self.settings_of(gen_kwargs)
@@ -185,7 +186,7 @@ class AdaptLM(TemplateLM):
                 for context, text in zip(contexts, written):
                     self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
                 texts += written
-                bar.update(len(written))
+                task.update(len(written))
         return ordered.get_original(texts)
 
     def settings_of(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +304,7 @@ class AdaptLM(TemplateLM):
         order = sorted((i for i in range(len(pairs)) if pairs[i][1]), key=lambda i: -sum(map(len, pairs[i])))
         nats = [0.0] * len(pairs)  # an empty target is certain
         start = time.perf_counter()
-        with self._bar(len(order), "likelihood (Monte Carlo)", disable_tqdm) as bar:
+        with self._task(len(order), "adapted: likelihood, Monte Carlo", disable_tqdm) as task:
             for at in range(0, len(order), _CHUNK):
                 chunk = order[at : at + _CHUNK]
                 bounds = nelbo(
@@ -317,7 +318,7 @@ class AdaptLM(TemplateLM):
                 for i, bound in zip(chunk, bounds):
                     nats[i] = bound.nats
                     self.counters["likelihood_nfe"] += bound.nfe
-                bar.update(len(chunk))
+                task.update(len(chunk))
         self.counters["likelihood_seconds"] += time.perf_counter() - start  # pyright: ignore[reportArgumentType]
         return nats
 
@@ -328,7 +329,7 @@ class AdaptLM(TemplateLM):
         for i, (_context, target) in enumerate(pairs):
             by_length.setdefault(len(target), []).append(i)
         found = [True] * len(pairs)  # an empty target is written by writing nothing
-        with self._bar(len(pairs), "is_greedy", disable_tqdm) as bar:
+        with self._task(len(pairs), "adapted: greedy continuations", disable_tqdm) as task:
             for length, members in sorted(by_length.items()):
                 members.sort(key=lambda i: -len(pairs[i][0]))
                 for at in range(0, len(members) if length else 0, self.batch_size):
@@ -342,13 +343,13 @@ class AdaptLM(TemplateLM):
                     self.counters["likelihood_nfe"] += out.nfe
                     for i, row in zip(batch, out.sequences[:, input_ids.shape[1] :].tolist()):
                         found[i] = row == pairs[i][1]
-                    bar.update(len(batch))
+                    task.update(len(batch))
         return found
 
     # -- small things -------------------------------------------------------------------------------------------------
 
-    def _bar(self, total: int, what: str, disable: bool) -> tqdm:
-        return tqdm(total=total, desc=f"adapt: {what}", disable=disable or not self.progress or not total)
+    def _task(self, total: int, what: str, disable: bool) -> AbstractContextManager[Task]:
+        return doing(what, total=total, shown=self.progress and not disable and total > 0)
 
     def _say_once(self, what: str) -> None:
         if what not in self._said_once:

@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault(
+    "ADAPT_PROGRESS_SECONDS", "0"
+)  # what a slow machine has time to say would be in what tests compare
 # DeepSpeed compiles an op here: two checkouts would rebuild each other's, and a killed build leaves a lock that all wait for.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 # `deepspeed` and `ninja` of this environment, whether it is activated or not.

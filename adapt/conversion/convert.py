@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .. import progress
 from ..arguments import CommandParser
 from ..files import adapters
 from ..files.json_file import read_json
@@ -101,7 +102,8 @@ def convert(
         check_model_folder(base, "base")
     with scratch_beside(out) as scratch:
         # 1. Everything that can be refused before weights are copied.
-        given = _read_base(base, adapter, scratch, trust_remote_code)
+        with progress.doing(f"reading {base}"):
+            given = _read_base(base, adapter, scratch, trust_remote_code)
         config = given.config
         tokenizer = sources.read_tokenizer(given.folder, base, given.num_rows, trust_remote_code=trust_remote_code)
         mask_token_id, num_rows = add_mask_token(tokenizer, given.num_rows, mask_token, given.token_ids_in_use())

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .. import progress
 from ..files.safetensors_folder import DTYPES, INDEX, SINGLE, Shard, bytes_of, read_shards
 from .background import Written, beside
 from .embedding_rows import NewRows
@@ -98,10 +98,11 @@ class Copy:
         not written as planned; OSError of the disk.
         """
         self._make_files()
-        with beside(self._write_rest()) as rest:
-            yield self._write_changed(), rest
-            rest.result()
-        self._check(out)
+        with progress.doing("writing the weights", total=self.num_bytes, unit="MB") as task:
+            with beside(self._write_rest(task)) as rest:
+                yield self._write_changed(), rest
+                rest.result()
+            self._check(out)
 
     def _make_files(self) -> None:
         """Those that differ from the source: a header, and holes for the tensors."""
@@ -135,13 +136,14 @@ class Copy:
             readable[name] = Shard(self._out / name, changed, None, len(header))
         return readable
 
-    def _write_rest(self) -> Iterator[Written]:
+    def _write_rest(self, task: progress.Task) -> Iterator[Written]:
         """Copies what is as in the source, piece by piece, and writes the index."""
-        for name, shard in tqdm(self._shards.items(), desc="weights", unit="shard", disable=None):
+        for name, shard in self._shards.items():
             path, mode = self._out / name, "r+b" if self._changed[name] else "wb"
             with shard.path.open("rb", buffering=0) as read, path.open(mode, buffering=0) as write:
                 for source, target, size in self._as_they_are(name):
                     for at, step in _copy_bytes(read, write, source, target, size):
+                        task.update(step)
                         yield Written(path, at, step)
         if SINGLE not in self._shards:
             self._write_index()

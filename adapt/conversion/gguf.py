@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import progress
 from ..files.staging import publish, scratch_beside
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ def load_gguf(
 
     path = _gguf_file(path)
     tokenizer = load_tokenizer(path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=dtype if dtype is not None else torch.float32,
-        output_loading_info=True,
-    )
+    with progress.doing(f"dequantising {path.name}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype if dtype is not None else torch.float32,
+            output_loading_info=True,
+        )
     model, info = loaded
     # transformers only warns of a tensor that it did not find and leaves it random.
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -64,7 +66,8 @@ def gguf_to_folder(path: str | Path, out: str | Path, dtype: "torch.dtype | None
     model, tokenizer = load_gguf(path, dtype)
     with scratch_beside(out) as scratch:
         staged = scratch / "model"
-        model.save_pretrained(staged)
+        with progress.doing("writing the dequantised weights"):
+            model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         publish(staged, out)
     return out

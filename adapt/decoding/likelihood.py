@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ..attention.layout import PADDING_DOCUMENT, Layout
 from ..attention.views import clean_context_lengths, first_noised_position, noisy_view
@@ -57,7 +56,6 @@ def nelbo(
     num_samples: int = 32,
     batch_size: int = 32,
     seed: int = 1234,
-    progress: bool = False,
 ) -> list[Nelbo]:
     """-log p(target | context) from above, one Nelbo for each pair of token lists.
 
@@ -76,7 +74,7 @@ def nelbo(
         samples += _samples(lm, request, context, target, num_samples, seed)
     order = sorted(range(len(samples)), key=lambda i: -_length(contexts, targets, samples[i]))
     estimates: list[list[float]] = [[] for _ in contexts]
-    for start in tqdm(range(0, len(order), batch_size), desc="likelihood", disable=None if progress else True):
+    for start in range(0, len(order), batch_size):
         chosen = [samples[i] for i in order[start : start + batch_size]]
         for sample, value in zip(chosen, _estimate(lm, contexts, targets, chosen), strict=True):
             estimates[sample.request].append(value)

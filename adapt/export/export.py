@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .. import progress
 from ..arguments import CommandParser
 from ..conversion.base_model import fetch
 from ..conversion.copy_weights import Copy, kept_in_float32, stored_dtype
@@ -82,7 +83,8 @@ def export(
     figures = None if report is None else read_report(report, Path(checkpoint))
     sampler = sampler or SamplerConfig()
     with scratch_beside(out) as scratch:
-        folder, _ = fetch(checkpoint, scratch)
+        with progress.doing(f"reading {checkpoint}"):
+            folder, _ = fetch(checkpoint, scratch)
         raw = read_json(folder / "config.json", f"checkpoint={checkpoint}")
         todo = "an export loads with transformers alone, so its architecture has to be one of theirs"
         check_no_code(raw, f"checkpoint={checkpoint}", todo=todo)
@@ -92,7 +94,8 @@ def export(
         if adapter is not None:
             source = merge_folder(source, adapter, scratch / "merged")
         if max_shard_size is not None:
-            source = _in_shards(source, scratch / "shards", max_shard_size, dtype)
+            with progress.doing(f"cutting the weights into files of {max_shard_size}"):
+                source = _in_shards(source, scratch / "shards", max_shard_size, dtype)
         staged = scratch / "export"
         staged.mkdir()
         _write_model(source, staged, out, AutoConfig.from_pretrained(folder), replace(spec, base_model=named), dtype)

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from .. import progress
 from .model_folder import copy_extras
 from .safetensors_folder import INDEX, Shard, bytes_of, read_shards
 
@@ -233,9 +233,11 @@ def _with_change(layer: Any, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _merge_tensors(shards: dict[str, Shard], out: Path, changes: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    for name, shard in tqdm(shards.items(), desc="adapter", unit="file", disable=None):
-        shutil.copyfile(shard.path, out / name)
-        with safe_open(shard.path, framework="pt") as read, (out / name).open("r+b") as write:
-            for key in sorted(changes.keys() & shard.tensors.keys()):
-                write.seek(shard.start + shard.tensors[key]["data_offsets"][0])
-                write.write(bytes_of(changes[key](read.get_tensor(key))))
+    with progress.doing("merging the adapter", total=len(changes)) as task:
+        for name, shard in shards.items():
+            shutil.copyfile(shard.path, out / name)
+            with safe_open(shard.path, framework="pt") as read, (out / name).open("r+b") as write:
+                for key in sorted(changes.keys() & shard.tensors.keys()):
+                    write.seek(shard.start + shard.tensors[key]["data_offsets"][0])
+                    write.write(bytes_of(changes[key](read.get_tensor(key))))
+                    task.update()

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .. import progress
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, or what a file may hold
 _LOCK = "lock"
 _SECONDS_TO_LOCK = 60  # between a scratch folder's birth and its lock, generously
@@ -56,9 +58,10 @@ def is_full_disk(error: Exception) -> bool:
 
 def publish(staged: Path, out: Path) -> None:
     """Gives the folder its name, once what is in it is on disk."""
-    for path in staged.rglob("*"):
-        sync(path)
-    sync(staged)
+    with progress.doing(f"bringing {out.name} to disk"):
+        for path in staged.rglob("*"):
+            sync(path)
+        sync(staged)
     try:
         staged.rename(out)
     except OSError as error:

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
+from .. import progress
 from ..conversion.base_model import check_architecture
 from ..files.model_folder import check_model_folder
 from ..model.precision import resolved_precision
@@ -131,7 +131,10 @@ def resolved(recipe: Recipe, config: PretrainedConfig) -> Recipe:
 def plan(planner: Planner, *, memory: float | None = None) -> list[Row]:
     """The recipe's own way first, then the ZeRO stages that it could take instead. memory: bytes that a rank may use."""
     rows = []
-    for zero in tqdm(zero_stages(planner.recipe), desc="planning", unit="way", disable=None, leave=False):
-        largest = None if memory is None else planner.largest_micro_batch(zero, memory)
-        rows.append(Row(zero, zero == zero_of(planner.recipe), planner.peak(zero), largest))
+    ways = zero_stages(planner.recipe)
+    with progress.doing("planning", total=len(ways)) as task:
+        for zero in ways:
+            largest = None if memory is None else planner.largest_micro_batch(zero, memory)
+            rows.append(Row(zero, zero == zero_of(planner.recipe), planner.peak(zero), largest))
+            task.update()
     return rows

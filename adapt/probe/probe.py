@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .. import progress
 from ..attention.layout import PADDING_DOCUMENT, Layout
 from ..attention.mask import attention_mask
 from ..attention.windows import short_spans
@@ -64,7 +65,7 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
     """
     layout = row_layout(attention, clean_context, model.device)
     length = layout.position_ids.shape[1]
-    with _evaluated(model), short_spans(model, SPAN):
+    with progress.doing("proving the attention pattern"), _evaluated(model), short_spans(model, SPAN):
         attention_mask(model.config, layout)  # where the kernel takes no mask, that is the reason to give
         hidden = (
             _check_layers(model, attention, layout) if _has_gradients(model) else _check_reach(model, attention, layout)

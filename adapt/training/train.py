@@ -10,24 +10,22 @@ by the tokens of that whole global batch, so the curve is the same for any split
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import signal
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-import transformers
-from datasets import disable_progress_bars
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     TrainingArguments,
 )
 
+from .. import progress
 from ..arguments import wait_for_rank_zero
 from ..model.precision import about_precision, resolved_precision
 from ..spec import DiffusionSpec
@@ -51,7 +49,8 @@ from .loss.distill import teacher_of
 from .recipe import Recipe, ignored_by_ar, parse_recipe
 from .start_model import check_base, diffusion_checkpoint, prepared
 from .trainer import DiffusionTrainer
-from .watch.metrics import MetricsFile, Progress
+from .watch.metrics import MetricsFile
+from .watch.progress import Progress
 from .watch.samples import Samples, sample_prompt
 from .watch.trackers import RecipeInTrackers
 
@@ -76,14 +75,19 @@ def train(recipe: Recipe) -> Path:
         )
     check_base(recipe)
     recipe = _with_precision(recipe)
-    args = training_arguments(recipe)
+    what = (
+        "preparing torch" if recipe.training.deepspeed is None else "starting DeepSpeed (its operators are built once)"
+    )
+    with progress.doing(what):
+        args = training_arguments(recipe)
     if len(found := set(gathered(recipe.training.precision))) > 1:
         raise ValueError(
             f"training.precision=auto: the ranks chose {' and '.join(sorted(found))}, they are different machines; say bf16 or fp32"
         )
-    checkpoint = newest_checkpoint(recipe)
-    about = facts(recipe, args.world_size)
-    with args.main_process_first(local=False, desc="read the data"):
+    with progress.doing("checking the checkpoints and hashing the data"):
+        checkpoint = newest_checkpoint(recipe)
+        about = facts(recipe, args.world_size)
+    with progress.doing("reading the data"), args.main_process_first(local=False):
         rows = load_rows(recipe.data)
     with hold(output_dir) if args.process_index == 0 else nullcontext():
         return _train(recipe, args, checkpoint, about, rows)
@@ -94,8 +98,8 @@ def _with_precision(recipe: Recipe) -> Recipe:
     asked = recipe.training.precision
     kept = begun_precision(recipe) if asked == "auto" else None
     line = f"precision auto: {kept}, as this run began" if kept else about_precision(asked)
-    if line and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+    if line:
+        progress.say(line)
     precision = kept or resolved_precision(asked)
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision))
 
@@ -104,7 +108,7 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
     """The run itself; rows: of the data, as `load_rows` reads them."""
     output_dir, is_main = Path(recipe.training.output_dir), args.process_index == 0
     # 2. The checkpoint: converted first if it is a causal LM, and probed.
-    with args.main_process_first(local=False, desc="convert"), whole_weights(args):
+    with progress.doing("preparing the checkpoint"), args.main_process_first(local=False), whole_weights(args):
         folder = diffusion_checkpoint(recipe, output_dir, is_main)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
@@ -125,7 +129,7 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
         len(tokenizer),
     )
     # 3. The data, as rows in the order of the run.
-    with args.main_process_first(local=False, desc="tokenise"):
+    with progress.doing("tokenising"), args.main_process_first(local=False):
         examples = load_examples(
             recipe.data,
             tokenizer,
@@ -133,10 +137,11 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
             piece_length=canvases.piece_length(recipe.data.seq_len),
             is_main_process=is_main,
         )
-    examples = whole_copies(recipe, canvases, examples, is_main)
+    with progress.doing("packing rows"):
+        examples = whole_copies(recipe, canvases, examples, is_main)
+        dataset, longest_canvas = packed_rows(recipe, canvases, examples)
     if is_main and canvases.is_ar and (ignored := ignored_by_ar(recipe)):
-        print(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}", file=sys.stderr)
-    dataset, longest_canvas = packed_rows(recipe, canvases, examples)
+        progress.say(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}")
     args.max_steps = len(dataset) // recipe.training.global_batch_size
     check_not_past(checkpoint, args.max_steps)
     check_schedule(recipe.training, args.max_steps, is_main)
@@ -147,54 +152,55 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
         positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
         sampled = sample_prompt(recipe, tokenizer, examples, positions or sys.maxsize)
     # 4. The loop.
-    model = prepared(folder, recipe, spec, args)
+    with progress.doing("loading the weights"):
+        model = prepared(folder, recipe, spec, args)
+        teacher = teacher_of(recipe, model, folder, args)
     if is_main:
         save_provenance(recipe, about, output_dir)
         remove_unfinished(output_dir, checkpoint)
-        print(summary(dataset, checkpoint, args), file=sys.stderr)
+        progress.say(summary(dataset, checkpoint, args))
     trainer = DiffusionTrainer(
         recipe,
         canvases,
         longest_canvas,
         about,
-        teacher_of(recipe, model, folder, args),
+        teacher,
         model=model,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(output_dir / "metrics.jsonl"), Progress(), *resharding],
+        callbacks=[MetricsFile(output_dir / "metrics.jsonl"), Progress(output_dir / "metrics.jsonl"), *resharding],
     )
     if recipe.training.report_to:
         trainer.add_callback(RecipeInTrackers(trainer, recipe))
     if sampled is not None:
         trainer.add_callback(Samples(trainer, trainer.metrics, recipe, spec, sampled))
     with failures_name_the_checkpoint(output_dir), trainer.guard.heeding_sigterm():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with progress.doing("preparing the loop" if checkpoint is None else f"reading {checkpoint.name}"):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.guard.terminated:
             raise Terminated(
                 f"SIGTERM: {whole_checkpoints(output_dir)[-1]} is saved; start the same command again to go on from it"
             )
         trainer.guard.told(trainer)
         final = output_dir / "model"
-        save_final(trainer, recipe, folder, final)
+        with progress.doing(f"writing {final}"):
+            save_final(trainer, recipe, folder, final)
     return final
 
 
-def _quiet_libraries() -> None:
-    """Leaves the console to us: one bar, and one line for what happens, on rank 0."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if int(os.environ.get("RANK", "0")) != 0:
-        disable_progress_bars()
-    for name in ("accelerate", "bitsandbytes", "DeepSpeed", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|accelerate|peft")
+def _share_cores() -> None:
+    """Ranks on CPU that share a machine take their part of its cores each, where OMP_NUM_THREADS does not say how many."""
+    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)  # DeepSpeed's, torchrun's
+    if ranks_here == 1 or torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // ranks_here))
 
 
 def main(argv: list[str]) -> int:
     """The `adapt train` command, and what `recipes/train.py` runs on every rank; 143 after SIGTERM, as a shell would say."""
-    _quiet_libraries()
+    _share_cores()
     is_main = int(os.environ.get("RANK", "0")) == 0
     try:
         final = train(parse_recipe(argv, __doc__))

@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
 )
 
+from .. import progress
 from ..attention.layout import Layout
 from ..objective import ROWS_PER_GATHER, diffusion_loss
 from .bad_steps import StepGuard
@@ -176,5 +177,5 @@ class DiffusionTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with sealed_checkpoint(self, self.recipe, folder, self.about):
+        with progress.doing(f"saving {folder.name}"), sealed_checkpoint(self, self.recipe, folder, self.about):
             super()._save_checkpoint(model, trial)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from adapt.decoding.likelihood import nelbo
+from adapt.progress import doing
 from adapt.tokens import text_ids
 
 _CHUNK = 8
@@ -84,16 +84,17 @@ def likelihood_row(
     windows = windows_of(corpus, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
     scored = len(windows) * (seq_len - 1)
     size = sum(len(tokenizer.decode(w[1:]).encode()) for w in windows)
-    base_nats = nll(base, windows)
+    with doing("held-out likelihood of the original", shown=progress):
+        base_nats = nll(base, windows)
     bound, variance = 0.0, 0.0
-    with tqdm(total=len(windows), desc="Held-out likelihood", unit="window", disable=not progress) as bar:
+    with doing("held-out likelihood of the adapted model", total=len(windows), shown=progress) as task:
         for at in range(0, len(windows), _CHUNK):
             chunk = windows[at : at + _CHUNK]
             for one in nelbo(
                 lm, [w[:1] for w in chunk], [w[1:] for w in chunk], num_samples=num_samples, seed=seed + at
             ):
                 bound, variance = bound + one.nats, variance + one.stderr**2
-            bar.update(len(chunk))
+            task.update(len(chunk))
     return {
         "corpus": Path(corpus).name,
         "unit": "nats/token",

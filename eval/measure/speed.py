@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
+
+from adapt.progress import doing
 
 from .emitted import Stop, count_tokens, emitted_text
 
@@ -217,21 +218,22 @@ def measure(
     timings = {(arm.name, arm.sampler, size): _Timing() for size in sizes for arm in arms}
     batches = {size: {id(arm): _batches(arm.prompts, size) for arm in arms} for size in sizes}
     total = sum(len(b) for size in sizes for b in batches[size].values()) * repeats + len(sizes) * len(arms)
-    with tqdm(total=total, desc="Speed", unit="batch", disable=not progress, file=sys.stderr) as bar:
+    with doing("speed", total=total, shown=progress) as task:
         for size in sizes:
             for arm in arms:  # warm-up: kernels, allocator, caches
+                task.figures = [f"{arm.name}, batch {size}, warm-up"]
                 arm.write(batches[size][id(arm)][0])
-                bar.update()
+                task.update()
             for turn in range(repeats):
                 shift = turn % len(arms)
                 for arm in [*arms[shift:], *arms[:shift]]:
-                    bar.set_postfix_str(f"{arm.name}, batch {size}")
+                    task.figures = [f"{arm.name}, batch {size}"]
                     timing = timings[arm.name, arm.sampler, size]
                     tokens, seconds = 0, 0.0
                     for batch in batches[size][id(arm)]:
                         new, spent = _timed(arm, batch, timing, tokenizer)
                         tokens, seconds = tokens + new, seconds + spent
-                        bar.update()
+                        task.update()
                     timing.round_rates.append(tokens / seconds)
     return [_row(arm, size, timings[arm.name, arm.sampler, size]) for size in sizes for arm in arms]
 

@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_utils import SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 
+from ... import progress
 from ..recipe import Recipe
 from ..sections import TrainingConfig
 from ..watch.trackers import PROJECT
@@ -155,7 +156,8 @@ def _deepspeed(ours: TrainingConfig, world_size: int) -> dict | None:
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))  # one process, started without the launcher
     # Before ZeRO-3 scatters weights: accelerate initialises torch's process group on CPU, but not DeepSpeed's view of it.
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    with progress.hushed():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return config
 
 

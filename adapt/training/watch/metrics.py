@@ -1,4 +1,4 @@
-"""What a run reports: sums kept on the device and reduced over ranks when logged; one JSON line a log step, and progress.
+"""What a run reports: sums kept on the device and reduced over ranks when logged; one JSON line a log step.
 
 The keys of metrics.jsonl. Means are over all tokens of all ranks since the last line; speeds are rates since the last line.
 
@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 _COUNTS = ("num_tokens", "num_useful", "num_clean")  # of what was computed, whatever came of it
@@ -49,7 +48,6 @@ _SUMS = (
     "num_taught",
     *_COUNTS,
 )
-_LINE_EVERY = 10  # seconds, where progress goes to a file
 
 
 class RunningMetrics(TrainerCallback):
@@ -137,91 +135,6 @@ def drop_lines_after(path: Path, step: int) -> list[dict]:
     beside.write_text("".join(f"{line}\n" for line in kept))
     os.replace(beside, path)
     return [json.loads(line) for line in kept]
-
-
-class Progress(TrainerCallback):
-    """The step, the time that is left and the figures, on rank 0's stderr: a bar on a terminal, else a line every 10 s.
-
-    Several ranks write to one terminal, where a bar would be torn: they get lines too, and so does a terminal without a size.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.figures: list[str] = []
-        self.bar = None
-        self.started, self.first_step = time.perf_counter(), state.global_step
-        self.last_line, self.last_step = -float("inf"), state.global_step
-        if state.is_world_process_zero and args.world_size == 1 and _columns():
-            self.bar = tqdm(
-                desc="train",
-                total=state.max_steps,
-                initial=state.global_step,
-                dynamic_ncols=True,
-                mininterval=0.2,
-                smoothing=0.05,  # the time left should not jump with each step
-                bar_format="{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} eta {remaining}{postfix}",
-            )
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.bar is not None:
-            self.bar.update()
-        elif not control.should_log:  # a log of this step brings fresher figures in a moment
-            self._line(state)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not logs or "loss" not in logs:
-            return
-        self.figures = progress_figures(logs)
-        if self.bar is None:
-            return self._line(state)
-        taken = len(f"train: 100%|{'#' * 10}| {state.max_steps}/{state.max_steps} eta 00:00:00, ")
-        self.bar.set_postfix_str(fitting(self.figures, _columns() - 1 - taken), refresh=False)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self.bar is not None:
-            self.bar.refresh()
-            self.bar.close()
-        elif self.last_step < state.global_step:
-            self._line(state, last=True)
-
-    def _line(self, state, last: bool = False) -> None:
-        now, done = time.perf_counter(), state.global_step - self.first_step
-        if not state.is_world_process_zero or not (last or now - self.last_line >= _LINE_EVERY):
-            return
-        eta = tqdm.format_interval((now - self.started) / done * (state.max_steps - state.global_step)) if done else "?"
-        share = state.global_step / state.max_steps
-        figures = " ".join(self.figures)
-        print(
-            f"train: {share:4.0%} {state.global_step}/{state.max_steps} eta {eta} {figures}",
-            file=sys.stderr,
-            flush=True,
-        )
-        self.last_line, self.last_step = now, state.global_step
-
-
-def progress_figures(logs: Mapping[str, float]) -> list[str]:
-    """key=value of a log, the most important first."""
-    bound = "nelbo" if "nelbo" in logs else "noised_nll"
-    figures = [f"{name}={logs[name]:.3f}" for name in (bound, "ar_nll", "distill_kl") if name in logs]
-    # Where there is room for two: the loss of many recipes is the bound over again, and the speed is not.
-    figures += [f"clean_tokens/s={logs['clean_tokens_per_s']:,.0f}", f"loss={logs['loss']:.3f}"]
-    if "mask_ratio" in logs:
-        figures.append(f"mask_ratio={logs['mask_ratio']:.2f}")
-    if "grad_norm" in logs:
-        figures.append(f"grad_norm={logs['grad_norm']:.2f}")
-    figures += [f"lr={logs['learning_rate']:.1e}", f"memory={logs['peak_memory_gb']:.1f}GB"]
-    return [*figures, f"tokens/s={logs['tokens_per_s']:,.0f}"]
-
-
-def fitting(figures: list[str], columns: int) -> str:
-    """As many of the figures, from the first on, as fit into that many columns of one line."""
-    while figures and len(" ".join(figures)) > columns:
-        figures = figures[:-1]
-    return " ".join(figures)
-
-
-def _columns() -> int:
-    """Width of the terminal that stderr is; 0 where it is none."""
-    return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
 
 
 def _step(line: str) -> float:

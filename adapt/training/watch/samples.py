@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ... import progress
 from ...decoding.settings import SamplerConfig
 from ...lm import DiffusionLM
 from ...spec import DiffusionSpec
@@ -83,13 +82,14 @@ class Samples(TrainerCallback):
             return
         started = time.perf_counter()
         try:
-            sample = {"step": state.global_step, **self._decode()}
+            with progress.doing("writing a sample"):
+                sample = {"step": state.global_step, **self._decode()}
         except ValueError as error:  # such as NaN weights, of which the loss tells too: a look is not worth a run
-            return tqdm.write(f"sample of step {state.global_step}: not decoded: {error}", file=sys.stderr)
+            return progress.say(f"sample of step {state.global_step}: not decoded: {error}")
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            tqdm.write(beside(sample, self.last), file=sys.stderr)
+            progress.say(beside(sample, self.last))
             tell(self.trainer, {"sample": f"{sample['prompt']} → {sample['text']}"})
         self.last = sample
         self.metrics.leave_out(time.perf_counter() - started)
