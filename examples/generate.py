@@ -1,0 +1,29 @@
+"""Convert a causal LM, load it, continue a text, fill blanks.
+
+    python examples/generate.py                                                     # SmolLM2-135M-Instruct, from the Hub
+    python examples/generate.py quickstart/control/model quickstart/adapted/model   # what `make quickstart` has trained
+
+The second argument is the diffusion checkpoint; it is made if it is not there. A model that was converted and not yet
+trained writes filler: train it first (docs/guide.md).
+"""
+
+import sys
+from pathlib import Path
+
+import adapt
+
+base, checkpoint = sys.argv[1:] or ("HuggingFaceTB/SmolLM2-135M-Instruct", "out/smollm2")
+if not Path(checkpoint).exists():
+    adapt.convert(base, checkpoint, attention="prefix", shift_logits=True)
+lm = adapt.load(checkpoint)
+
+prompt = "Text: The train to Porto leaves at 09:40 from track 7.\nKeys: to, time, track\nJSON:"
+prompt_ids = lm.tokenizer(prompt, return_tensors="pt").input_ids
+sampler = adapt.SamplerConfig(threshold=0.95, order="left_to_right", canvas_length=8)
+written = lm.generate(prompt_ids, max_new_tokens=48, sampler=sampler)
+print(lm.tokenizer.decode(written.sequences[0], skip_special_tokens=True))
+print(f"{int(written.num_tokens)} tokens in {written.nfe} forwards")
+
+text = prompt + ' {"to":"' + 2 * lm.tokenizer.mask_token + '","time":"09:40","track":"7"}'
+filled = lm.infill(lm.tokenizer(text, return_tensors="pt").input_ids)
+print(lm.tokenizer.decode(filled.sequences[0], skip_special_tokens=True))

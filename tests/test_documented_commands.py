@@ -1,0 +1,271 @@
+"""Every command line of README and docs: its options exist, its recipe loads, what it reads is there or was made by a line before.
+
+No command does its work here: a verb's own parser reads the line and stops. The launch scripts run, with stand-ins for Slurm,
+ssh and deepspeed, and what they would have started is read in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import pytest
+import yaml
+from documents import DOCUMENTS, ROOT, Command, commands, inline_commands, named_files
+
+from adapt import cli
+from adapt.training.recipe import Recipe, parse_recipe
+
+RECIPE = "recipes/smollm2-135m/prefix.yaml"
+READS = {
+    "compare": ("base", "adapted", "control", "include_path", "corpus"),
+    "convert": ("base", "adapter"),
+    "export": ("checkpoint", "adapter", "report"),
+    "generate": ("checkpoint", "adapter", "prompts"),
+    "plan": ("model_config", "benchmark"),
+    "plot": ("runs",),
+}
+MAKES = ("out", "output_path")
+PLAIN = {"cat", "cd", "cp", "export", "git", "head", "hf", "ls", "pip", "pkill", "scp", "srun", "tail", "tensorboard", "."}
+"""Commands that are not ours; the files that they name are looked for."""
+
+
+class Parsed(Exception):
+    """Raised in place of a command's work: its settings."""
+
+
+@pytest.fixture(autouse=True)
+def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for parser in (jsonargparse.ArgumentParser, argparse.ArgumentParser):
+        monkeypatch.setattr(parser, "parse_args", _stopping(parser.parse_args))
+
+
+def _stopping(parse: Callable) -> Callable:
+    def parse_and_stop(self, *args, **kwargs):
+        settings = parse(self, *args, **kwargs)
+        if isinstance(self, jsonargparse.ArgumentParser):
+            self.instantiate(settings)  # dataclasses check their own fields
+        raise Parsed(settings)
+
+    return parse_and_stop
+
+
+class Reader:
+    """Follows a document line by line, in a folder that looks like the repository's root, and keeps what the lines have made."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.folder, self.made = folder, set[str]()
+        self.hub = _hub_ids()
+        for entry in ROOT.iterdir():
+            if entry.name not in ("quickstart", "quickstart-fast", "runs", "out"):
+                (folder / entry.name).symlink_to(entry)
+        for name, body in named_files(text).items():
+            (folder / name).write_text(body)
+
+    def follow(self, command: Command) -> None:
+        """Raises AssertionError, ValueError or SystemExit where the line cannot work."""
+        name, *rest = command.argv
+        if command.output:
+            self.made.add(command.output)
+        if name.startswith("launch/"):
+            self._script(command, ["bash", *command.argv])
+        elif name == "sbatch":
+            self._script(command, ["bash", *rest[next(i for i, word in enumerate(rest) if word[0] != "-") :]])
+        else:
+            of_name = {"adapt": self.adapt, "deepspeed": self._deepspeed, "python": self._python, "make": self._make}
+            assert name in of_name or name in PLAIN, f"unknown command {name}"
+            of_name.get(name, self._plain)(rest)
+
+    def adapt(self, argv: list[str]) -> None:
+        verb, *rest = argv
+        assert verb in cli.VERBS, f"adapt {verb}: no such verb"
+        if verb == "train":
+            return self._train(rest)
+        settings = vars(_settings(lambda: cli._function_of(verb)(rest)))
+        for key in READS.get(verb, ()):
+            for path in _as_list(settings.get(key)):
+                self.must_exist(str(path).rpartition("=")[2])
+        if verb == "lm_eval":
+            self.must_exist(settings["model_args"]["pretrained"])
+        self.made |= {str(settings[key]) for key in MAKES if settings.get(key)}
+
+    def _train(self, argv: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:  # a recipe is more than its parser: sections are held against each other
+            patch.setattr(jsonargparse.ArgumentParser, "parse_args", _plain_parse)
+            recipe: Recipe = parse_recipe(argv)
+        for path in [recipe.model.base, *_as_list(recipe.data.train)]:
+            self.must_exist(path)
+        self.made.add(recipe.training.output_dir)
+
+    def _deepspeed(self, argv: list[str]) -> None:
+        from deepspeed.launcher.runner import parse_args
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", _plain_argparse)
+            launched = parse_args(argv)
+        if launched.hostfile != "/job/hostfile":
+            self.must_exist(launched.hostfile)
+        self.must_exist(launched.user_script)
+        verb = Path(launched.user_script).stem
+        self.adapt([verb, *launched.user_args])
+
+    def _script(self, command: Command, argv: list[str]) -> None:
+        """Runs one of launch/'s scripts; each deepspeed that it starts is read."""
+        record, stubs = self.folder / "record", self.folder / "stubs"
+        if not stubs.exists():
+            stubs.mkdir()
+            _stand_in(stubs / "deepspeed", 'printf "%s\\n" "$#" "$@" >> "$RECORD"')
+            _stand_in(stubs / "scontrol", "echo node-0; echo node-1")
+            _stand_in(stubs / "srun", 'while [[ $1 == -* ]]; do shift; done; SLURM_NODEID=0 "$@"')
+        record.write_text("")
+        slurm = {"JOB_ID": "7", "JOB_NODELIST": "node-[0-1]", "JOB_NUM_NODES": "2", "GPUS_PER_NODE": "8"}
+        environment = {
+            **os.environ,
+            **{f"SLURM_{name}": value for name, value in slurm.items()},
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "RECORD": str(record),
+            "PATH": f"{stubs}{os.pathsep}/usr/bin{os.pathsep}/bin",
+            **command.environment,
+        }
+        if "HOSTFILE" in command.environment and not self.exists(command.environment["HOSTFILE"]):
+            raise AssertionError(f"HOSTFILE={command.environment['HOSTFILE']}: made by no line before")
+        done = subprocess.run(argv, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        lines = record.read_text().splitlines()
+        assert lines, f"{command}: started nothing"
+        while lines:
+            count = int(lines[0])
+            self._deepspeed(lines[1 : count + 1])
+            lines = lines[count + 1 :]
+
+    def _python(self, argv: list[str]) -> None:
+        if argv[0] == "-c":
+            compile(argv[1], "-c", "exec")
+        elif argv[0] == "-m":
+            assert argv[1] in ("adapt.cli", "pytest", "pip", "venv", "jupyter"), argv
+        elif argv[0].startswith("benchmarks/"):
+            file = ROOT / argv[0]
+            before = set(sys.modules)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", argv)
+                patch.syspath_prepend(file.parent)
+                _settings(lambda: runpy.run_path(str(file), run_name="__main__"))
+            for name in set(sys.modules) - before:
+                if str(getattr(sys.modules[name], "__file__", "")).startswith(str(file.parent)):
+                    del sys.modules[name]  # `arms`, `train` and so on are names that other folders use too
+        else:
+            for path in argv:
+                self.must_exist(path)
+
+    def _make(self, argv: list[str]) -> None:
+        done = subprocess.run(["make", "-n", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        if "quickstart" in argv:
+            [line] = re.findall(r"adapt (quickstart.*)", done.stdout)
+            self.adapt(line.split())
+            self.made.add("quickstart-fast" if "--fast" in line else "quickstart")
+
+    def _plain(self, argv: list[str]) -> None:
+        for word in argv:
+            if "/" in word and "=" not in word and ":" not in word and not word.startswith(("-", "/", "'")):
+                if not word.startswith(".venv/"):
+                    self.must_exist(word)
+        if argv and "=" not in argv[-1]:
+            self.made.add(argv[-1])  # cp FROM TO
+
+    def exists(self, path: str) -> bool:
+        parents = {str(parent) for parent in [Path(path), *Path(path).parents]}
+        of_reader = Path(path).name.startswith("my_") or re.fullmatch(r"[A-Z][A-Z0-9_]*(/.*)?", path)
+        return bool(of_reader or (self.folder / path).exists() or parents & {str(Path(m)) for m in self.made}) or (
+            path in self.hub
+        )
+
+    def must_exist(self, path: str) -> None:
+        assert self.exists(path), f"{path}: is not in the repository, and no line before makes it"
+
+
+_plain_parse, _plain_argparse = jsonargparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_args
+
+
+def _settings(work: Callable[[], object]) -> Any:
+    with pytest.raises(Parsed) as stopped:
+        work()
+    return stopped.value.args[0]
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _hub_ids() -> set[str]:
+    """The models and data sets that recipes name."""
+    files = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "quickstart"]
+    recipes = [yaml.safe_load(path.read_text()) for path in files]
+    return {recipe["model"]["base"] for recipe in recipes} | {recipe["data"]["train"] for recipe in recipes}
+
+
+def _stand_in(file: Path, body: str) -> None:
+    file.write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
+    file.chmod(0o755)
+
+
+def _follow_all(text: str, folder: Path, found: list[Command], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader(folder, text)
+    monkeypatch.chdir(folder)
+    for command in found:
+        try:
+            reader.follow(command)
+        except (Exception, SystemExit) as error:
+            pytest.fail(f"{command}\n{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_line_works(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = document.read_text()
+    _follow_all(text, tmp_path, commands(text), monkeypatch)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_inside_a_sentence_works(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = document.read_text()
+    recipe = f"--config {RECIPE} --model.base BASE --data.train DATA".split()
+    found = []
+    for command in inline_commands(text):
+        argv = [RECIPE if word in ("RECIPE", "RECIPE.yaml") else word for word in command.argv]
+        if argv[0].startswith("--"):
+            argv = ["adapt", "train", *recipe, *argv]
+        found.append(command._replace(argv=argv))
+    _follow_all(text, tmp_path, found, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "adapt convrt BASE OUT",
+        "adapt convert BASE OUT --atention prefix",
+        "adapt generate out/nothing --prompt Hello",
+        "adapt train --config recipes/none.yaml",
+        f"deepspeed --num_gpu 8 recipes/train.py --config {RECIPE}",
+        f"deepspeed recipes/trian.py --config {RECIPE}",
+        f"sbatch launch/slurm.sbatch --config --config {RECIPE}",
+        "sbatch launch/slurm.sbatch recipes/none.yaml",
+        "python benchmarks/train.py --sope Q",
+        "make quickstrt",
+        "adopt convert BASE OUT",
+    ],
+)
+def test_a_line_that_cannot_work_is_found(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"```bash\n{line}\n```\n"
+    with pytest.raises(pytest.fail.Exception):
+        _follow_all(text, tmp_path, commands(text), monkeypatch)
