@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
