@@ -20,7 +20,7 @@ import torch
 
 from . import progress
 from .arguments import CommandParser
-from .decoding.sampler import GenerateOutput
+from .decoding.rounds import GenerateOutput
 from .decoding.settings import SamplerConfig
 from .decoding.show import CanvasView
 from .lm import DiffusionLM, load

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from . import progress
-from .decoding.sampler import GenerateOutput, generate, infill
+from .decoding.rounds import GenerateOutput
+from .decoding.sampler import generate, infill
 from .decoding.settings import SamplerConfig
 from .files import adapters
 from .files.json_file import read_json
@@ -108,7 +109,10 @@ def load(
             f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the embedding has {rows} rows; convert again"
         )
     # 3. The proof.
-    mask_free = probe(model, spec.attention, spec.clean_context) if verify else False
+    mask_free = False
+    if verify:
+        with progress.doing("proving the attention pattern"):
+            mask_free = probe(model, spec.attention, spec.clean_context)
     return DiffusionLM(model, tokenizer, spec, mask_free)
 
 

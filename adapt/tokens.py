@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,13 +59,15 @@ def start_token_id(tokenizer: Any) -> int:
 
 def pad_token_id(tokenizer: Any) -> int:
     """What fills a row up where nobody looks: the tokenizer's padding token, or else end-of-text."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return (tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def left_padded(tokenizer: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def left_padded(
+    tokenizer: Any, rows: Sequence[Sequence[int]], device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """(input_ids [B, P], attention_mask [B, P]) of prompts that all end in the last column."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    pad = pad_token_id(tokenizer)
-    input_ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side="left")
-    ones = [torch.ones_like(row) for row in tensors]
-    return input_ids, pad_sequence(ones, batch_first=True, padding_side="left")
+    tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+    padding: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence(tensors, padding_value=pad_token_id(tokenizer), **padding)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in tensors], **padding)
+    return input_ids.to(device), attention_mask.to(device)

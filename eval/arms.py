@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import adapt
 
 from .lm import AdaptLM
-from .measure import speed
 from .measure.emitted import end_of_text_ids
+from .measure.writers import SpeedArm, ar_arm, diffusion_arm
 
 FALLBACK_NEW_TOKENS = 64
 
@@ -61,7 +61,7 @@ def choose_prompts(results: Mapping[str, Mapping[str, Any]], count: int, adapted
     return None
 
 
-def speed_arm(arm: str, lm: Any, prompts: Prompts, sampler: adapt.SamplerConfig, seed: int) -> speed.SpeedArm:
+def speed_arm(arm: str, lm: Any, prompts: Prompts, sampler: adapt.SamplerConfig, seed: int) -> SpeedArm:
     model = model_of(lm)
     room = lm.max_length - prompts.max_new_tokens
     tokens = [lm.tok_encode(text)[-room:] for text in prompts.texts[arm]]
@@ -72,5 +72,5 @@ def speed_arm(arm: str, lm: Any, prompts: Prompts, sampler: adapt.SamplerConfig,
     }
     if isinstance(lm, AdaptLM):
         sampler = dataclasses.replace(sampler, temperature=prompts.temperature, top_p=prompts.top_p)
-        return speed.diffusion_arm(arm, lm.lm, tokens, sampler=sampler, seed=seed, **ends)
-    return speed.ar_arm(arm, model, lm.tokenizer, tokens, temperature=prompts.temperature, top_p=prompts.top_p, **ends)
+        return diffusion_arm(arm, lm.lm, tokens, sampler=sampler, seed=seed, **ends)
+    return ar_arm(arm, model, lm.tokenizer, tokens, temperature=prompts.temperature, top_p=prompts.top_p, **ends)

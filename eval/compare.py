@@ -29,6 +29,7 @@ from .arms import choose_prompts, model_of, speed_arm
 from .causal_lm import CausalLM
 from .lm import AdaptLM
 from .measure import provenance, speed
+from .measure.hardware import hardware
 from .measure.likelihood import likelihood_row, texts_of
 from .measure.pareto import arm_points, sweep_point
 from .measure.quality import evaluate, find_tasks, quality_rows, quiet
@@ -169,7 +170,7 @@ def compare(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_revision": provenance.git_revision(),
         "versions": provenance.versions(),
-        "hardware": speed.hardware(where),
+        "hardware": hardware(where),
         "device": str(where),
         "dtype": str(as_dtype).removeprefix("torch."),
         "attention_kernel": attn_implementation,

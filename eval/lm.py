@@ -28,10 +28,9 @@ from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs,
 import adapt
 from adapt.decoding.likelihood import nelbo
 from adapt.progress import Task, doing
-from adapt.tokens import text_ids
+from adapt.tokens import left_padded, text_ids
 
 from .measure.emitted import Stop, count_tokens, emitted_text, end_of_text_ids
-from .measure.speed import left_pad, pad_id_of
 from .model_args import MODEL_ARGS, model_args_help
 
 _logger = logging.getLogger(__name__)
@@ -220,7 +219,7 @@ class AdaptLM(TemplateLM):
         prompts = [self.tok_encode(context) for context in contexts]
         if any(len(p) > room for p in prompts):
             self._say_once(f"prompts longer than {room} tokens lose their beginning (max_length={self.max_length})")
-        input_ids, attention_mask = left_pad([p[-room:] for p in prompts], pad_id_of(self.tokenizer), self.lm.device)
+        input_ids, attention_mask = left_padded(self.tokenizer, [p[-room:] for p in prompts], self.lm.device)
         start = time.perf_counter()
         out = self.lm.generate(
             input_ids,
@@ -334,8 +333,8 @@ class AdaptLM(TemplateLM):
                 members.sort(key=lambda i: -len(pairs[i][0]))
                 for at in range(0, len(members) if length else 0, self.batch_size):
                     batch = members[at : at + self.batch_size]
-                    input_ids, attention_mask = left_pad(
-                        [pairs[i][0] for i in batch], pad_id_of(self.tokenizer), self.lm.device
+                    input_ids, attention_mask = left_padded(
+                        self.tokenizer, [pairs[i][0] for i in batch], self.lm.device
                     )
                     out = self.lm.generate(
                         input_ids, max_new_tokens=length, attention_mask=attention_mask, sampler=surest

@@ -34,7 +34,23 @@ READS = {
     "plot": ("runs",),
 }
 MAKES = ("out", "output_path")
-PLAIN = {"cat", "cd", "cp", "export", "git", "head", "hf", "ls", "pip", "pkill", "scp", "srun", "tail", "tensorboard", "."}
+PLAIN = {
+    "cat",
+    "cd",
+    "cp",
+    "export",
+    "git",
+    "head",
+    "hf",
+    "ls",
+    "pip",
+    "pkill",
+    "scp",
+    "srun",
+    "tail",
+    "tensorboard",
+    ".",
+}
 """Commands that are not ours; the files that they name are looked for."""
 
 
@@ -98,7 +114,9 @@ class Reader:
         self.made |= {str(settings[key]) for key in MAKES if settings.get(key)}
 
     def _train(self, argv: list[str]) -> None:
-        with pytest.MonkeyPatch.context() as patch:  # a recipe is more than its parser: sections are held against each other
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # a recipe is more than its parser: sections are held against each other
             patch.setattr(jsonargparse.ArgumentParser, "parse_args", _plain_parse)
             recipe: Recipe = parse_recipe(argv)
         for path in [recipe.model.base, *_as_list(recipe.data.train)]:
@@ -234,9 +252,7 @@ def test_every_command_line_works(document: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_inside_a_sentence_works(
-    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_inside_a_sentence_works(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = document.read_text()
     recipe = f"--config {RECIPE} --model.base BASE --data.train DATA".split()
     found = []

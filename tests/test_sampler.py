@@ -10,7 +10,7 @@ from tiny_models import VOCABULARY
 from transformers import DynamicCache
 
 from adapt.attention.layout import Layout
-from adapt.decoding import sampler as sampler_module
+from adapt.decoding import rounds
 from adapt.decoding.sampler import generate, infill
 from adapt.decoding.settings import SamplerConfig
 from adapt.lm import DiffusionLM
@@ -49,7 +49,7 @@ def _with_end(lm: DiffusionLM, end: int) -> DiffusionLM:
 
 def _with_head(monkeypatch: pytest.MonkeyPatch, logits: torch.Tensor) -> None:
     """Every blank has the same logits, whatever the model says."""
-    monkeypatch.setattr(sampler_module, "output_head", lambda _: lambda hidden: logits.expand(len(hidden), -1).clone())
+    monkeypatch.setattr(rounds, "output_head", lambda _: lambda hidden: logits.expand(len(hidden), -1).clone())
 
 
 def _block_of(lm: DiffusionLM, num_prompt: int, blank: int) -> tuple[int, int]:
@@ -365,13 +365,13 @@ def test_a_model_of_uniform_noise_sees_random_tokens_at_its_blanks_and_never_the
     lm = diffusion_lm("llama", "prefix")
     lm = dataclasses.replace(lm, spec=dataclasses.replace(lm.spec, noise="uniform"))
     seen: list[torch.Tensor] = []
-    plain = sampler_module.hidden_states
+    plain = rounds.hidden_states
 
     def recorded(model, tokens, layout, **options):
         seen.append(tokens)
         return plain(model, tokens, layout, **options)
 
-    monkeypatch.setattr(sampler_module, "hidden_states", recorded)
+    monkeypatch.setattr(rounds, "hidden_states", recorded)
     ids, attention_mask = _padded(PROMPTS)
     config = SamplerConfig(threshold=None, tokens_per_step=1)
     options = {"attention_mask": attention_mask, "max_new_tokens": CANVAS, "sampler": config}

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..decoding.decoder import Decoder
-from ..decoding.sampler import GenerateOutput
+from ..decoding.rounds import GenerateOutput
 from ..decoding.sampler import generate as write_after
 from ..decoding.sampler import infill as fill_blanks
 from ..decoding.settings import SamplerConfig

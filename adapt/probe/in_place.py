@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .. import progress
 from ..files.model_folder import check_loaded
 from ..files.safetensors_folder import DTYPES, Shard
 from ..model.parts import backbone_of
@@ -86,7 +87,8 @@ def probe_in_place(
         with mapped_model(model_class, config, shards, **options) as (model, loading):
             check_loaded(loading, what)
             backbone_of(model).register_forward_pre_hook(all_cores_when_copied)
-            probe(model.eval(), spec.attention, spec.clean_context)
+            with progress.doing("proving the attention pattern"):
+                probe(model.eval(), spec.attention, spec.clean_context)
     finally:
         torch.set_num_threads(cores)
 

@@ -17,38 +17,31 @@ reaches beyond them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .. import progress
 from ..attention.layout import PADDING_DOCUMENT, Layout
 from ..attention.mask import attention_mask
 from ..attention.windows import short_spans
-from ..model.forward import hidden_states
-from ..model.head import output_head
-from ..model.parts import backbone_of
 from .layer_sight import layer_sight
-from .row import FIRST, SPAN, distinct_tokens, each_part, edited, row_layout, stacked, who_sees_whom
+from .row import FIRST, SPAN, distinct_tokens, edited, row_layout, who_sees_whom
+from .same_numbers import (
+    check_causal_mode,
+    check_order,
+    effect_of_positions,
+    forward_under,
+    shuffled_and_causal,
+    tolerance,
+)
 
 logger = logging.getLogger(__name__)
 
 _TRIES = 4
-_CANNOT = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @torch.no_grad()
@@ -65,7 +58,7 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
     """
     layout = row_layout(attention, clean_context, model.device)
     length = layout.position_ids.shape[1]
-    with progress.doing("proving the attention pattern"), _evaluated(model), short_spans(model, SPAN):
+    with _evaluated(model), short_spans(model, SPAN):
         attention_mask(model.config, layout)  # where the kernel takes no mask, that is the reason to give
         hidden = (
             _check_layers(model, attention, layout) if _has_gradients(model) else _check_reach(model, attention, layout)
@@ -73,11 +66,11 @@ def probe(model: PreTrainedModel, attention: str, clean_context: str | None = No
         _check_edits(model, attention, layout, hidden)
         tokens, _ = distinct_tokens(model, length)
         # Asked only where rounding does not decide: it is a forward, which bfloat16 never needs.
-        effect = cache(partial(_effect_of_positions, model, tokens, layout, hidden[:1]))
-        shuffled, causal = _shuffled_and_causal(model, tokens, layout)
-        _check_order(model, attention, layout, shuffled, hidden[:1], effect)
+        effect = cache(partial(effect_of_positions, model, tokens, layout, hidden[:1]))
+        shuffled, causal = shuffled_and_causal(model, tokens, layout)
+        check_order(model, attention, layout, shuffled, hidden[:1], effect)
         mask_free = attention == "bidirectional" and _agrees_without_mask(model, tokens, hidden)
-        _check_causal_mode(model, tokens, causal, effect)
+        check_causal_mode(model, tokens, causal, effect)
     return mask_free
 
 
@@ -89,32 +82,6 @@ def _evaluated(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _forward(model: PreTrainedModel, tokens: Tensor, layout: Layout | None, dense: bool = False) -> Tensor:
-    """Hidden states in float32 under one layout for all rows, None = the model called plainly; ValueError where it cannot."""
-    try:
-        rows = None if layout is None else each_part(layout, lambda x: x.expand(len(tokens), -1))
-        hidden = hidden_states(model, tokens, rows, dense=dense).float()
-    except torch.OutOfMemoryError:
-        raise
-    except _CANNOT as error:
-        what = "does not run as it is" if layout is None else "does not take an explicit attention mask"
-        raise _cannot(model, error, what) from error
-    if not hidden.isfinite().all():
-        raise ValueError(
-            f"base={type(model).__name__}: computes NaN or infinity in {model.dtype}; try another dtype, or mend it"
-        )
-    return hidden
-
-
-def _cannot(model: PreTrainedModel, error: Exception, what: str) -> Exception:
-    if str(error).startswith(("base=", "model.")):  # ours
-        return error
-    reason = " ".join((str(error) or type(error).__name__).split())[:160]
-    return ValueError(
-        f"base={type(model).__name__}: {what} with {model.config._attn_implementation} attention ({reason})"
-    )
 
 
 def _check_edits(model: PreTrainedModel, attention: str, layout: Layout, hidden: Tensor) -> None:
@@ -140,7 +107,7 @@ def _check_layers(model: PreTrainedModel, attention: str, layout: Layout) -> Ten
         texts = edited(model, length, seed)
 
         def forward(texts: Tensor = texts) -> None:
-            hidden.append(_forward(model, texts, layout).detach())
+            hidden.append(forward_under(model, texts, layout).detach())
 
         sights = layer_sight(model, forward, length)
         for sight in sights:
@@ -176,90 +143,13 @@ def _wrong(model: PreTrainedModel, attention: str, where: str, pairs: Tensor, wh
     )
 
 
-def _effect_of_positions(model: PreTrainedModel, tokens: Tensor, layout: Layout, hidden: Tensor) -> float:
-    """How much positions twice as far apart, under the same mask, change the hidden states: what a mistake in them does."""
-    lengths = layout.context_lengths
-    spread = Layout(
-        layout.document_ids, layout.view_ids, 2 * layout.position_ids, None if lengths is None else 2 * lengths
-    )
-    with short_spans(model, 2 * SPAN):
-        return _difference(_forward(model, tokens[None], spread), hidden, layout)
-
-
-def _difference(hidden: Tensor, expected: Tensor, layout: Layout | None = None) -> float:
-    """|hidden - expected| / |expected|, the mean over real tokens."""
-    relative = (hidden - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return float((relative if layout is None else relative[layout.document_ids != PADDING_DOCUMENT]).mean())
-
-
-def _is_rounding(model: PreTrainedModel, difference: float, effect: Callable[[], float]) -> bool:
-    rounding = 128 * torch.finfo(model.dtype).eps
-    return difference <= _tolerance(model) and (difference <= rounding or difference <= 0.1 * effect())
-
-
-def _shuffled_and_causal(model: PreTrainedModel, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Hidden states of the row with its columns shuffled (put in order again), and of its beginning under our causal mask.
-
-    [1, L, D] and [1, FIRST, D]; of one forward, because each reads all weights.
-    """
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    one_text = (torch.arange(len(tokens), device=tokens.device) < FIRST)[None]
-    causal = Layout.of("prefix", one_text, num_prompt_tokens=len(tokens))
-    both = stacked(each_part(layout, lambda x: x[:, order]), causal)
-    hidden = _forward(model, torch.stack([tokens[order], tokens]), both, dense=True)
-    return hidden[:1, order.argsort()], hidden[1:, :FIRST]
-
-
-def _check_order(
-    model: PreTrainedModel,
-    attention: str,
-    layout: Layout,
-    shuffled: Tensor,
-    hidden: Tensor,
-    effect: Callable[[], float],
-) -> None:
-    difference = _difference(shuffled, hidden, layout)
-    if not _is_rounding(model, difference, effect):
-        raise ValueError(
-            f"base={type(model).__name__}: goes by the column in which a token stands and not by the position that it is "
-            f"given (shuffled columns change it by {difference:.0e}), so packed documents and {attention} attention would "
-            "mislead it (ALiBi, positions counted from the mask, convolutions); choose another base model"
-        )
-
-
-def _check_causal_mode(model: PreTrainedModel, tokens: Tensor, ours: Tensor, effect: Callable[[], float]) -> None:
-    with _as_causal(model):
-        plain, logits = _plain(model, tokens[None, :FIRST])
-    difference = _difference(ours, plain.float())
-    if not _is_rounding(model, difference, effect):
-        raise ValueError(
-            f"base={type(model).__name__}: under our causal mask it differs by {difference:.0e} from what it computes by "
-            "itself, so its layers or its positions are not what its config says; choose another base model"
-        )
-    _check_head(model, plain, logits)
-
-
-@contextmanager
-def _as_causal(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the config says causal, as the original's does."""
-    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}
-    bidirectional = [config for config in configs.values() if getattr(config, "is_causal", True) is False]
-    try:
-        for config in bidirectional:
-            config.is_causal = True
-        yield
-    finally:
-        for config in bidirectional:
-            config.is_causal = False
-
-
 def _check_reach(model: PreTrainedModel, attention: str, layout: Layout) -> Tensor:
     """Where there is no gradient: a token moves those that see it, by more than nothing, in one of several texts."""
     length = layout.position_ids.shape[1]
     promised = torch.stack(who_sees_whom(model, layout)).any(0)
     real = (layout.document_ids[0] != PADDING_DOCUMENT)[:, None]
     unseen = promised & real
-    tries = [_forward(model, edited(model, length, seed), layout) for seed in range(_TRIES)]
+    tries = [forward_under(model, edited(model, length, seed), layout) for seed in range(_TRIES)]
     for hidden in tries:
         unseen &= (hidden[1:] == hidden[:1]).all(-1).T
     if unseen.any():
@@ -277,7 +167,7 @@ def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: 
     plain: list[Tensor] = []
 
     def forward() -> None:
-        plain.append(_forward(model, text.expand(FIRST, -1), None).detach())
+        plain.append(forward_under(model, text.expand(FIRST, -1), None).detach())
 
     if _has_gradients(model):
         promised = who_sees_whom(model, Layout.of("bidirectional", torch.ones_like(text)))
@@ -287,40 +177,10 @@ def _agrees_without_mask(model: PreTrainedModel, tokens: Tensor, masked_hidden: 
         forward()
         agrees = True
     expected = masked_hidden[:1, :FIRST]
-    agrees &= bool((plain[0][:1] - expected).abs().amax() <= _tolerance(model) * expected.abs().amax())
+    agrees &= bool((plain[0][:1] - expected).abs().amax() <= tolerance(model) * expected.abs().amax())
     if not agrees:
         logger.warning(
             f"{type(model).__name__} ignores config.is_causal=False with {model.config._attn_implementation} attention: "
             "we pass an explicit mask, but a plain transformers load of this checkpoint stays causal"
         )
     return agrees
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    return 1e-4 if torch.finfo(model.dtype).eps < 1e-6 else 0.1
-
-
-def _plain(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(hidden states, logits) of a forward without a mask: of one, because each reads all weights."""
-    seen: list[Any] = []
-    backbones = {backbone_of(model), model.get_decoder() or model} - {model}  # OPT's forward calls the part of a part
-    hooks = [part.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs)) for part in backbones]
-    try:
-        logits = model(input_ids=tokens, use_cache=False).logits
-    except _CANNOT as error:
-        raise _cannot(model, error, "does not run as it is") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    hidden = [outputs.last_hidden_state for outputs in seen if hasattr(outputs, "last_hidden_state")]
-    return hidden[-1], logits.float()  # ModernBERT's "decoder" is its head
-
-
-def _check_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
-    wrong = f"base={type(model).__name__}: its logits are not its output embedding applied to its hidden states"
-    try:
-        ours = output_head(model)(hidden).float()
-    except RuntimeError as error:  # a head that takes another width
-        raise ValueError(wrong) from error
-    if ours.shape != logits.shape or (ours - logits).abs().amax() > _tolerance(model) * logits.abs().amax():
-        raise ValueError(wrong)

@@ -9,43 +9,19 @@ the timed part. A forward is one call of the network on the whole batch, the pro
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adapt.progress import doing
 
-from .emitted import Stop, count_tokens, emitted_text
-
-
-class Written(NamedTuple):
-    """One batch: the new tokens of each row (as the model gave them), forwards, seconds until the first token stood."""
-
-    new_tokens: list[list[int]]
-    nfe: int
-    ttft_s: float | None
-
-
-@dataclass(frozen=True)
-class SpeedArm:
-    """An arm that can write. `write(batch of prompts)` is what is timed; `count(tokenizer, new tokens)` counts what a
-    row emitted; `weight_bytes` and `device` are for memory."""
-
-    name: str
-    sampler: str
-    prompts: Sequence[Sequence[int]]
-    write: Callable[[Sequence[Sequence[int]]], Written]
-    count: Callable[[Any, list[int]], int]
-    device: torch.device
-    weight_bytes: int = 0
+from .writers import SpeedArm
 
 
 @dataclass
@@ -57,146 +33,6 @@ class _Timing:
     ttft: list[float] = field(default_factory=list)
     token_forwards: int = 0
     peak: int = 0
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask), both [B, P], prompts on the right side."""
-    width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
-        attention_mask[i, width - len(prompt) :] = 1
-    return ids.to(device), attention_mask.to(device)
-
-
-def pad_id_of(tokenizer: Any) -> int:
-    """The padding id; end-of-text where the tokenizer has none (padding is never attended to)."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-
-
-class _RowStop(StoppingCriteria):
-    """Ends a row of `generate` where the diffusion sampler would end it, and notes when the first token stood."""
-
-    def __init__(self, stop: Stop, prompt_width: int) -> None:
-        self.stop, self.prompt_width, self.first_at = stop, prompt_width, None
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # pyright: ignore
-        start = max(self.prompt_width, input_ids.shape[1] - self.stop.tail_tokens)
-        done = [self.stop(row) for row in input_ids[:, start:].tolist()]  # .tolist() waits for the device
-        if self.first_at is None:
-            self.first_at = time.perf_counter()
-        return torch.tensor(done, device=input_ids.device)
-
-
-def ar_arm(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    until: Sequence[str],
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-) -> SpeedArm:
-    """An autoregressive arm: transformers' `generate` with its KV cache, greedy unless a temperature is given."""
-    stop = Stop(tokenizer, until, eos_ids)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-
-    @torch.inference_mode()
-    def write(batch: Sequence[Sequence[int]]) -> Written:
-        input_ids, attention_mask = left_pad(batch, pad_id_of(tokenizer), model.device)
-        forwards = 0
-
-        def count(*_: Any) -> None:
-            nonlocal forwards
-            forwards += 1
-
-        criterion = _RowStop(stop, input_ids.shape[1])
-        hook = model.register_forward_pre_hook(count)
-        start = time.perf_counter()
-        try:
-            sequences = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
-                stopping_criteria=StoppingCriteriaList([criterion]),
-                eos_token_id=list(eos_ids) or None,
-                pad_token_id=pad_id_of(tokenizer),
-                use_cache=True,
-                **sampling,
-            )
-        finally:
-            hook.remove()
-        first = None if criterion.first_at is None else criterion.first_at - start
-        return Written(sequences[:, input_ids.shape[1] :].tolist(), forwards, first)
-
-    words = f"temperature={temperature:g}, top_p={top_p:g}" if temperature else "greedy"
-    return SpeedArm(name, words, prompts, write, _counter(tokenizer, until, eos_ids), model.device, weights(model))
-
-
-def diffusion_arm(
-    name: str,
-    lm: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    sampler: Any,
-    until: Sequence[str],
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-    seed: int = 1234,
-) -> SpeedArm:
-    """An adapted arm: DiffusionLM.generate. Its first token counts once nothing left of it can change any more."""
-    stop = Stop(lm.tokenizer, until, eos_ids)
-
-    def write(batch: Sequence[Sequence[int]]) -> Written:
-        input_ids, attention_mask = left_pad(batch, pad_id_of(lm.tokenizer), lm.device)
-        first: list[float] = []
-
-        def stop_and_note(settled: list[int]) -> bool:
-            if settled and not first:
-                first.append(time.perf_counter())
-            return stop(settled)
-
-        start = time.perf_counter()
-        out = lm.generate(
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            attention_mask=attention_mask,
-            sampler=sampler,
-            generator=torch.Generator(device=lm.device).manual_seed(seed),
-            stop=stop_and_note,
-        )
-        ttft = first[0] - start if first else None
-        return Written(out.sequences[:, input_ids.shape[1] :].tolist(), out.nfe, ttft)
-
-    return SpeedArm(
-        name, sampler_words(sampler), prompts, write,
-        _counter(lm.tokenizer, until, eos_ids), lm.device, weights(lm.model),
-    )  # fmt: skip
-
-
-def sampler_words(sampler: Any) -> str:
-    """The settings of a SamplerConfig that do something, in words: `threshold=0.9, temperature=0.5`."""
-    neutral = {"temperature": 0.0, "top_p": 1.0, "order": "confidence"}
-    said = {k: v for k, v in vars(sampler).items() if v is not None and k != "seed" and neutral.get(k) != v}
-    return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in said.items()) or "default"
-
-
-def _counter(own: Any, until: Sequence[str], eos_ids: Sequence[int]) -> Callable[[Any, list[int]], int]:
-    """Counts a row's emitted tokens: text by the arm's own tokenizer, count by the one tokenizer of all arms."""
-
-    def count(tokenizer: Any, tokens: list[int]) -> int:
-        return count_tokens(tokenizer, emitted_text(own, tokens, until, eos_ids), tokens, eos_ids)
-
-    return count
-
-
-def weights(model: Any) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def measure(
@@ -295,29 +131,3 @@ def _row(arm: SpeedArm, size: int, timing: _Timing) -> dict[str, Any]:
         "runs": len(timing.round_rates),
         "tokens_per_s_runs": timing.round_rates,
     }
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers were taken on: CPU model, cores this process may use, torch threads, GPU."""
-    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": _usable_cores(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return found
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def _cpu_name() -> str:
-    import platform
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.lower().startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

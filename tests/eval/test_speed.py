@@ -12,10 +12,12 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
+from adapt.tokens import left_padded
 from adapt_eval.lm import AdaptLM
-from adapt_eval.measure import speed
+from adapt_eval.measure import speed, writers
 from adapt_eval.measure.emitted import emitted_text
-from adapt_eval.measure.speed import SpeedArm, Written, measure
+from adapt_eval.measure.speed import measure
+from adapt_eval.measure.writers import SpeedArm, Written
 
 KEYS = {
     "arm", "sampler", "batch_size", "prompt_tokens", "new_tokens", "tokens_per_s", "latency_p50_s", "latency_p95_s",
@@ -96,7 +98,7 @@ def base(arms):
 def test_an_autoregressive_arm_is_transformers_generate_with_one_forward_per_token(base):
     model, tokenizer = base
     prompts = [tokenizer.encode(t) for t in ("hello:", "a much longer prompt:")]
-    arm = speed.ar_arm("base", model, tokenizer, prompts, until=[], eos_ids=[], max_new_tokens=9)
+    arm = writers.ar_arm("base", model, tokenizer, prompts, until=[], eos_ids=[], max_new_tokens=9)
     written = arm.write(prompts)
     for prompt, row in zip(prompts, written.new_tokens):
         alone = model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)
@@ -111,10 +113,10 @@ def test_an_autoregressive_row_ends_at_its_stop_while_the_others_go_on(base):
     model, tokenizer = base
     prompts = [tokenizer.encode(t) for t in ("hello:", "world:")]
     ends = {"eos_ids": [tokenizer.eos_token_id], "max_new_tokens": 9}
-    free = speed.ar_arm("base", model, tokenizer, prompts, until=[], **ends).write(prompts)
+    free = writers.ar_arm("base", model, tokenizer, prompts, until=[], **ends).write(prompts)
     first, second = ([tokenizer.decode([t]) for t in row] for row in free.new_tokens)
     letter = next(c for c in first[1:7] if c not in second)
-    arm = speed.ar_arm("base", model, tokenizer, prompts, until=[letter], **ends)
+    arm = writers.ar_arm("base", model, tokenizer, prompts, until=[letter], **ends)
     stopped = arm.write(prompts)
     at = first.index(letter)
     assert stopped.new_tokens[0][: at + 1] == free.new_tokens[0][: at + 1]
@@ -127,7 +129,7 @@ def test_a_diffusion_arm_writes_what_the_model_writes_and_counts_its_forwards(ar
     lm = adapt.load(arms.adapted, device="cpu")
     prompts = [lm.tokenizer.encode("hello:")]
     sampler = adapt.SamplerConfig(threshold=None, tokens_per_step=2)
-    arm = speed.diffusion_arm("adapted", lm, prompts, sampler=sampler, until=[], eos_ids=[], max_new_tokens=8)
+    arm = writers.diffusion_arm("adapted", lm, prompts, sampler=sampler, until=[], eos_ids=[], max_new_tokens=8)
     written = arm.write(prompts)
     out = lm.generate(torch.tensor(prompts), max_new_tokens=8, sampler=sampler)
     assert written.new_tokens == [out.sequences[0, len(prompts[0]) :].tolist()]
@@ -146,8 +148,8 @@ def test_speed_measures_the_very_text_that_quality_scores(arms, base):
     prompts = [tokenizer.encode(c) for c in contexts]
     scored = [HFLM(model, tokenizer=tokenizer, batch_size=3), AdaptLM(lm, batch_size=3, progress=False)]
     timed = [
-        speed.ar_arm("base", model, tokenizer, prompts, **ends),
-        speed.diffusion_arm("adapted", lm, prompts, sampler=adapt.SamplerConfig(), **ends),
+        writers.ar_arm("base", model, tokenizer, prompts, **ends),
+        writers.diffusion_arm("adapted", lm, prompts, sampler=adapt.SamplerConfig(), **ends),
     ]
     for scorer, arm in zip(scored, timed):
         rows = arm.write(prompts).new_tokens
@@ -157,12 +159,12 @@ def test_speed_measures_the_very_text_that_quality_scores(arms, base):
 
 
 def test_sampler_words_leave_out_what_does_nothing():
-    assert speed.sampler_words(adapt.SamplerConfig()) == "threshold=0.9"
+    assert writers.sampler_words(adapt.SamplerConfig()) == "threshold=0.9"
     hot = adapt.SamplerConfig(threshold=0.5, temperature=0.7, top_p=0.95)
-    assert speed.sampler_words(hot) == "threshold=0.5, temperature=0.7, top_p=0.95"
+    assert writers.sampler_words(hot) == "threshold=0.5, temperature=0.7, top_p=0.95"
 
 
 def test_prompts_are_padded_on_the_left():
-    ids, attention_mask = speed.left_pad([[5], [6, 7, 8]], 0, torch.device("cpu"))
+    ids, attention_mask = left_padded(SimpleNamespace(pad_token_id=0), [[5], [6, 7, 8]])
     assert ids.tolist() == [[0, 0, 5], [6, 7, 8]]
     assert attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
