@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..text_table import text_table
 from ..training.recipe import Recipe
 from .planner import Planner, Row
 
@@ -42,10 +43,7 @@ def plan_table(planner: Planner, rows: list[Row], cost: dict[str, Any], given: A
         cell += [f"{row.peak.host / 1e9:.2f}"] + [f"{row.peak.disk / 1e9:.2f}"] * ("on disk" in head)
         cell += [] if row.largest_micro_batch is None else [str(row.largest_micro_batch or "none fits")]
         cells.append(cell)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        rest = "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append(f"{row[0]:<{widths[0]}}  {rest}")
+    lines += text_table(cells)
     lines += ["* as the recipe has it", *legend(recipe, rows[0]), *_fit(recipe, rows[0], planner.gpus, given), ""]
     micro_batches = _counted(cost["accumulation_steps"], "micro-batch")
     lines.append(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from adapt.text_table import text_table
+
 ARMS = ("base", "control", "adapted")
 ARM_WORDS = {"base": "original", "control": "control", "adapted": "adapted"}
 _PERCENT = ("acc", "exact_match", "em", "f1", "pass")
@@ -163,10 +165,7 @@ def terminal_table(report: Mapping[str, Any]) -> str:
             ratio = speed_ratio(report, over, smallest, arm)
             cells.append(f"{ratio[0]:.2f}" if ratio else "–")
         lines.append(cells)
-    widths = [max(len(r[i]) for r in [head, *lines]) for i in range(len(head))]
-    rows = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip()
-            for r in [head, *lines]]  # fmt: skip
-    rows.insert(1, "  ".join("-" * w for w in widths))
+    rows = text_table([head, *lines], left=(0, 1), ruled=True)
     if smallest is not None:
         rows.append(f"Speed at batch size {smallest}; forwards per batch; scores with 95 % intervals.")
     return "\n".join(rows)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...arguments import CommandParser
+from ...text_table import text_table
 
 X = {
     "clean_tokens": ("clean_tokens_seen", "clean tokens seen"),
@@ -204,15 +205,7 @@ def table(runs: list[Run], x: str, y: str, smooth: float) -> str:
         tokens = f"{seen:,}" if seen is not None else "-"
         figures = [f"{end.get('step', '-')}", tokens, f"{curve[-1]:.5g}", f"{best(values):.5g}", speed]
         rows.append([run.label, *figures, sparkline(curve, low, high)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return "\n".join(text_table(rows, left=(0, len(rows[0]) - 1)))
 
 
 def sparkline(values: list[float], low: float, high: float, width: int = 24) -> str:
