@@ -14,6 +14,7 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from adapt.conversion.gguf import gguf_to_folder, load_gguf, load_tokenizer
+from adapt.conversion.gguf_header import NEED_VOCABULARY, read_header, write_without_vocabulary
 from adapt.conversion.gguf_tokenizer import PROBE, RULES, pre_tokenizer_of
 from adapt_recipes.quickstart.smollm2 import cached_smollm2
 
@@ -42,11 +43,19 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def write_gguf(
-    path: Path, model: LlamaForCausalLM, *, pre: str | None, leave_out: str = "", adds_bos: bool | None = None
+    path: Path,
+    model: LlamaForCausalLM,
+    *,
+    pre: str | None,
+    leave_out: str = "",
+    adds_bos: bool | None = None,
+    alignment: int = 32,
 ) -> Path:
     """What llama.cpp's converter writes for a Llama with a byte-level tokenizer."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -265,3 +274,42 @@ def test_real_smollm2_tokenizer() -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
     original = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
     assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(PROBE) == original.pre_tokenize_str(PROBE)
+
+
+def test_header_is_what_the_gguf_package_reads(smollm_like: Path) -> None:
+    header, reader = read_header(smollm_like), gguf.GGUFReader(smollm_like)
+    own = {key for key in reader.fields if key.startswith("GGUF.")}  # counts of the file's own, which are no metadata
+    assert header.entries.keys() == reader.fields.keys() - own
+    for key in header.entries:
+        value = reader.fields[key].contents()
+        assert header.get(key) == (len(value) if isinstance(value, list) else value), key
+
+
+def test_loading_makes_no_object_of_every_token(
+    smollm_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three readings of 262,144 tokens took two thirds of a Gemma's conversion."""
+    read, build = [], gguf.GGUFReader._build_fields
+
+    def recorded(self, *args):
+        read.append(self)
+        return build(self, *args)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", recorded)
+    gguf_to_folder(smollm_like, tmp_path / "out")
+    assert len(read) > 2, "transformers reads the file in another way now: does it still need our help?"
+    assert max(len(field.data) for reader in read for field in reader.fields.values()) == 1
+
+
+def test_a_file_without_vocabulary_has_the_same_tensors_at_any_alignment(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="smollm", alignment=256)
+    bare = write_without_vocabulary(read_header(path), tmp_path / "bare.gguf")
+    tensors, expected = (gguf.GGUFReader(file).tensors for file in (bare, path))
+    assert [t.name for t in tensors] == [t.name for t in expected]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_architectures_whose_vocabulary_is_counted_by_its_tokens_keep_it() -> None:
+    mapping = pytest.importorskip("transformers.integrations.ggml").GGUF_CONFIG_MAPPING
+    uncounted = {name for name, keys in mapping.items() if "vocab_size" not in keys} - {"general", "tokenizer"}
+    assert uncounted == NEED_VOCABULARY

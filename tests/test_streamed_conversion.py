@@ -29,6 +29,7 @@ from adapt.conversion import copy_weights as weights
 from adapt.conversion.convert import convert
 from adapt.files import safetensors_folder as shards
 from adapt.files import staging
+from adapt.files.lease import take_lease, writer_waits
 from adapt.probe import in_place as mapped
 
 
@@ -186,6 +187,50 @@ def test_what_goes_wrong_beside_the_proof_ends_it(base_folder, tmp_path, monkeyp
             convert(base_folder("llama"), tmp_path / "out")
         assert torch.get_num_threads() == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("leases", [True, False], ids=["leased", "no leases here"])
+def test_a_source_that_is_cut_while_it_is_mapped_is_one_line(base_folder, tmp_path, monkeypatch, leases):
+    """It was SIGBUS, the end of the process."""
+    base = shutil.copytree(base_folder("qwen3"), tmp_path / "base")
+    path, threads = base / shards.SINGLE, []
+
+    def cut():
+        # Where nothing holds a writer up a whole page may not go: that is the SIGBUS.
+        os.truncate(path, 100 if leases else path.stat().st_size - 4)
+
+    def probe(model, *_):
+        threads.append(threading.Thread(target=cut))
+        threads[0].start()
+        for _ in range(10_000):
+            model.base_model(torch.tensor([[1, 2]]))
+
+    monkeypatch.setattr(mapped, "probe", probe)
+    if not leases:
+        monkeypatch.setattr(mapped, "take_lease", lambda _file: False)
+    elif not _has_leases(path):
+        pytest.skip("this filesystem has no leases")
+    expected = "something writes to it while it is read" if leases else "became shorter while it was read"
+    with pytest.raises(ValueError, match=expected) as refused:
+        convert(base, tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    threads[0].join(10)
+    assert not threads[0].is_alive(), "who waited may write now"
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def _has_leases(path: Path) -> bool:
+    with path.open("rb") as file:
+        return take_lease(file)
+
+
+def test_readers_of_a_leased_file_do_not_wait(base_folder):
+    path = base_folder("qwen3") / shards.SINGLE
+    with path.open("rb") as file:
+        if not take_lease(file):
+            pytest.skip("this filesystem has no leases")
+        assert path.read_bytes()
+        assert not writer_waits(file)
 
 
 def test_a_proof_that_fails_stops_the_copy(base_folder, tmp_path, monkeypatch):

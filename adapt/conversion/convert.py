@@ -242,7 +242,9 @@ def _verify(
     check_whole(tokenizer)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kernel = kernel(config) if callable(kernel) else kernel
-    options: dict[str, Any] = {"dtype": config.dtype} | ({} if kernel is None else {"attn_implementation": kernel})
+    options: dict[str, Any] = {"dtype": config.dtype, "writing": folder} | (
+        {} if kernel is None else {"attn_implementation": kernel}
+    )
     probe_in_place(model_class, config, shards, spec, f"base={spec.base_model}", copying, **options)
 
 

@@ -6,12 +6,17 @@ transformers reads the weights. What it does not always bring back is how the to
 whose rule we cannot rebuild is refused.
 """
 
+from __future__ import annotations
+
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import progress
+from ..files.model_folder import check_loaded
 from ..files.staging import publish, scratch_beside
+from .gguf_header import Header, read_header, write_without_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -19,58 +24,72 @@ if TYPE_CHECKING:
 
 
 def load_gguf(
-    path: str | Path, dtype: "torch.dtype | None" = None
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
-    """(model with dense weights in `dtype`, default float32; tokenizer as the model was trained with)."""
+    path: str | Path, dtype: torch.dtype | None = None, *, scratch: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """(model with dense weights in `dtype`, default float32; tokenizer as the model was trained with).
+
+    scratch: a folder for a copy of the weights while they are read; default: the machine's own for such files.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    path = _gguf_file(path)
-    tokenizer = load_tokenizer(path)
-    with progress.doing(f"dequantising {path.name}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=dtype if dtype is not None else torch.float32,
-            output_loading_info=True,
-        )
-    model, info = loaded
-    # transformers only warns of a tensor that it did not find and leaves it random.
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise ValueError(f"base={path}: no weights for {', '.join(missing[:3])}; convert from the Hugging Face folder")
+    header = read_header(_gguf_file(path))
+    tokenizer = _tokenizer(header)
+    with tempfile.TemporaryDirectory(prefix="gguf-", dir=scratch) as folder:
+        weights = write_without_vocabulary(header, Path(folder) / "weights.gguf")
+        _check_tensors(header.path, weights)
+        with progress.doing(f"dequantising {header.path.name}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=weights.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype if dtype is not None else torch.float32,
+                output_loading_info=True,
+            )
+    model, loading = loaded
+    check_loaded(loading, f"base={path}")
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     return model.eval(), tokenizer
 
 
-def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file with its pre-tokenizer restored; ValueError where that cannot be done."""
-    from transformers import AutoTokenizer
-
-    from . import gguf_tokenizer
-
-    path = _gguf_file(path)
-    kind, name, adds_bos = _metadata(path, "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if kind == "gpt2":  # llama.cpp's word for every byte-level BPE; sentencepiece has no pre-tokenizer to lose
-        gguf_tokenizer.restore(tokenizer, name, adds_bos)
-    return tokenizer
+    return _tokenizer(read_header(_gguf_file(path)))
 
 
-def gguf_to_folder(path: str | Path, out: str | Path, dtype: "torch.dtype | None" = None) -> Path:
+def gguf_to_folder(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write the model as an ordinary Hugging Face folder, whole or not at all; the folder."""
     out = Path(out).resolve()
     if out.exists():
         raise ValueError(f"out={out}: exists already; remove it or choose another folder")
-    model, tokenizer = load_gguf(path, dtype)
     with scratch_beside(out) as scratch:
+        model, tokenizer = load_gguf(path, dtype, scratch=scratch)
         staged = scratch / "model"
         with progress.doing("writing the dequantised weights"):
             model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         publish(staged, out)
     return out
+
+
+def _tokenizer(header: Header) -> PreTrainedTokenizerFast:
+    from transformers import TOKENIZER_MAPPING, AutoConfig, PreTrainedTokenizerFast
+
+    from . import gguf_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="gguf-") as folder:
+        name = write_without_vocabulary(header, Path(folder) / "config.gguf", weights=False).name
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+    # What AutoTokenizer would choose, once it had read the whole file to know the config.
+    tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    if not issubclass(tokenizer_class, PreTrainedTokenizerFast):  # mistral-common's, which reads files of its own
+        tokenizer_class = PreTrainedTokenizerFast
+    tokenizer = tokenizer_class.from_pretrained(header.path.parent, gguf_file=header.path.name)
+    # llama.cpp's word for every byte-level BPE; sentencepiece has no pre-tokenizer to lose
+    if header.get("tokenizer.ggml.model") == "gpt2":
+        rule, adds_bos = header.get("tokenizer.ggml.pre"), header.get("tokenizer.ggml.add_bos_token")
+        gguf_tokenizer.restore(tokenizer, rule, adds_bos)
+    return tokenizer
 
 
 def _gguf_file(path: str | Path) -> Path:
@@ -85,13 +104,11 @@ def _gguf_file(path: str | Path) -> Path:
     return path
 
 
-def _metadata(path: Path, *keys: str) -> list[Any]:
-    """Metadata values by key, None where a key is not there."""
+def _check_tensors(path: Path, weights: Path) -> None:
+    """ValueError of `path` where its tensors, copied to `weights`, are not all there."""
     from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(path)
+        GGUFReader(weights)
     except (IndexError, KeyError, ValueError) as error:  # what it raises depends on where the bytes end
         raise ValueError(f"base={path}: damaged GGUF file ({error}); download it again") from error
-    fields = [reader.get_field(key) for key in keys]
-    return [None if field is None else field.contents() for field in fields]

@@ -134,7 +134,9 @@ def _write_model(
     check_space(out, copy.num_bytes)
     with copy.writing(out) as (readable, rest):
         written = AutoConfig.from_pretrained(staged)
-        probe_in_place(type(model), written, readable, spec, f"checkpoint={source}", rest, dtype=loaded_as)
+        probe_in_place(
+            type(model), written, readable, spec, f"checkpoint={source}", rest, writing=staged, dtype=loaded_as
+        )
 
 
 def _check_settings(out: Path, format: str, dtype: str | None, max_shard_size: str | None) -> None:

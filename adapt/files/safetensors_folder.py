@@ -43,6 +43,11 @@ class Shard:
     metadata: dict[str, str] | None
     start: int
 
+    @property
+    def end(self) -> int:
+        """Where its data end, in the file."""
+        return self.start + max(tensor["data_offsets"][1] for tensor in self.tensors.values())
+
 
 def read_shards(folder: Path, setting: str = "base") -> dict[str, Shard]:
     """{file name: Shard} of the weights of a folder, the user's `setting`, in the order of their names.

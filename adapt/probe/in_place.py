@@ -3,23 +3,28 @@
 With it a conversion is probed on all of its loaded weights, every layer, within bounded memory. It costs four forwards and a backward
 over the weights, from the page cache where they fit it. The bound holds for weights that transformers takes as they are
 stored; experts that it stacks into one tensor on loading are copied into memory.
+
+A mapped file that is cut short would end the process (SIGBUS). So who wants to write to it waits for us (`files.lease`), and we stop
+before the next layer. Where the filesystem has no leases (NFS), only a file that became shorter between two layers is noticed.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import progress
+from ..files.lease import give_lease_back, size_of, take_lease, writer_waits
 from ..files.model_folder import check_loaded
 from ..files.safetensors_folder import DTYPES, Shard
 from ..model.parts import backbone_of
@@ -30,35 +35,64 @@ _HELD = 32 << 20  # bytes of weights that may be in memory before they are given
 _ROWS = 16
 
 
+@dataclass(frozen=True)
+class _Mapped:
+    """A safetensors file, mapped; writers wait for us where it is leased."""
+
+    shard: Shard
+    file: IO[bytes]
+    pages: mmap.mmap
+    leased: bool
+
+    def check(self) -> None:
+        """ValueError where the file is about to change, or has become shorter."""
+        if self.leased and writer_waits(self.file):
+            raise ValueError(
+                f"base={self.shard.path}: something writes to it while it is read; convert again when that is done"
+            )
+        if size_of(self.file) < self.shard.end:
+            raise ValueError(f"base={self.shard.path}: became shorter while it was read; is something writing to it?")
+
+    def close(self) -> None:
+        """Lets writers go on."""
+        if self.leased:
+            give_lease_back(self.file)
+        self.file.close()
+
+
 @contextmanager
 def mapped_model(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, shards: Mapping[str, Shard], **options: Any
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    shards: Mapping[str, Shard],
+    *,
+    writing: Path | None = None,
+    **options: Any,
 ) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
     """(the model on the weights of these shards, transformers' loading info); usable inside of the `with` only.
 
-    options: of `from_pretrained`, such as dtype and attn_implementation. Raises ValueError for a file that has become shorter than
-    its header says; one that becomes so later ends the process (SIGBUS), as for every mapped file.
+    writing: a folder to which this process writes meanwhile. options: of `from_pretrained`, such as dtype and attn_implementation.
+    Raises ValueError for a file that is shorter than its header says, and inside for one that somebody else writes to.
     """
-    files: list[mmap.mmap] = []
+    files: list[_Mapped] = []
     weights: dict[str, Tensor] = {}
-    for shard in shards.values():
-        with shard.path.open("rb") as file:
-            end = shard.start + max(about["data_offsets"][1] for about in shard.tensors.values())
-            if os.fstat(file.fileno()).st_size < end:
-                raise ValueError(f"base={shard.path}: became shorter while it was read; is something writing to it?")
-            files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        weights |= {name: _tensor(files[-1], shard.start, about) for name, about in shard.tensors.items()}
-    loaded: Any = model_class.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True, **options
-    )
-    model, info = loaded
-    del weights, loaded
-    _give_back_after_use(model, files)
-    try:
-        yield model, info
-    finally:  # a file that is mapped keeps its space on the disk when it is removed, and the model is in reference cycles
-        model.to("meta")
-        files.clear()
+    with ExitStack() as stack:
+        for shard in shards.values():
+            files.append(_mapped(shard, lease=shard.path.parent != writing))
+            stack.callback(files[-1].close)
+            files[-1].check()
+            weights |= {name: _tensor(files[-1].pages, shard.start, about) for name, about in shard.tensors.items()}
+        loaded: Any = model_class.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, **options
+        )
+        model, info = loaded
+        del weights, loaded
+        _give_back_after_use(model, files)
+        try:
+            yield model, info
+        finally:  # a mapped file keeps its space on the disk when it is removed, and the model is in reference cycles
+            model.to("meta")
+            files.clear()
 
 
 def probe_in_place(
@@ -70,7 +104,7 @@ def probe_in_place(
     copying: Future[None],
     **options: Any,
 ) -> None:
-    """Probes all layers of the model on the weights of these shards, which others are `copying` meanwhile.
+    """Probes all layers of the model on the weights of these shards, which others are `copying` meanwhile; options: of `mapped_model`.
 
     Raises ValueError, of `what` where a weight is missing, unless the model attends as the spec promises; and what goes wrong with
     the copy, before the next forward.
@@ -91,6 +125,12 @@ def probe_in_place(
                 probe(model.eval(), spec.attention, spec.clean_context)
     finally:
         torch.set_num_threads(cores)
+
+
+def _mapped(shard: Shard, *, lease: bool) -> _Mapped:
+    file = shard.path.open("rb")
+    leased = lease and take_lease(file)
+    return _Mapped(shard, file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), leased)
 
 
 def _tensor(file: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
@@ -140,7 +180,7 @@ def _pieces(weight: Tensor) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, len(weight), rows)]
 
 
-def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None:
+def _give_back_after_use(model: PreTrainedModel, files: list[_Mapped]) -> None:
     """Hooks on the modules that own weights; linear layers are computed by `_InPieces`, large embeddings row by row."""
     held = 0
 
@@ -149,7 +189,12 @@ def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None
         held = 0
         for file in files:
             if hasattr(mmap, "MADV_DONTNEED"):  # a private mapping that nobody wrote to: the file has it all
-                file.madvise(mmap.MADV_DONTNEED)
+                file.pages.madvise(mmap.MADV_DONTNEED)
+            file.check()
+
+    def check(*_: Any) -> None:
+        for file in files:
+            file.check()
 
     def used(module: nn.Module, *_: Any) -> None:
         nonlocal held
@@ -174,5 +219,6 @@ def _give_back_after_use(model: PreTrainedModel, files: list[mmap.mmap]) -> None
         elif type(module) is nn.Linear:
             module.forward = partial(in_pieces, module)
         if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(check)
             module.register_forward_hook(used)
     give_back()
