@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,24 @@ from typing import Any
 from ablation_plan import Plan, next_task, slug
 
 HELDOUT_SEED = 1_000_000  # of the texts that nothing is trained on
+
+
+class _Here(Executor):
+    """Runs each job at once in this process: for a debugger, and for tests."""
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def _pool(workers: int, log: Path) -> Executor:
+    from ablation_runs import start_worker
+
+    if workers == 0:
+        return _Here()
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=(log,))
 
 
 def run_all(
@@ -38,16 +56,13 @@ def run_all(
     on_done,
 ) -> None:
     """Runs what `done` lacks, `workers` at a time, and starts nothing after that many minutes. work: what `run` takes besides."""
-    from ablation_runs import run, start_worker
+    from ablation_runs import run
 
     ends = time.monotonic() + 60 * minutes if minutes else float("inf")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=spawn, initializer=start_worker, initargs=(work[1] / "workers.log",)
-    ) as pool:
+    with _pool(workers, work[1] / "workers.log") as pool:
         running: dict[Future, Any] = {}
         while True:
-            while len(running) < workers and time.monotonic() < ends:
+            while len(running) < max(workers, 1) and time.monotonic() < ends:
                 task = next_task(plan, names, done, {task.key for task in running.values()})
                 if task is None:
                     break
@@ -64,7 +79,6 @@ def _sampled(
     base: Path, work: Path, chunks: int, rows: int, workers: int, prompts: list[list[int]] | None, max_new_tokens: int
 ) -> tuple[list, Any]:
     """(the training chunks, the held-out one), sampled side by side where they are not in `work` yet; each has prompts of its own."""
-    from ablation_runs import start_worker
     from ablation_texts import saved_chunk
 
     seeds = [HELDOUT_SEED, *range(chunks)]
@@ -76,10 +90,8 @@ def _sampled(
                 f"--prompts has {len(prompts)} that differ and are short enough; lower them"
             )
         shares = [prompts[rows * i : rows * (i + 1)] for i in range(len(seeds))]
-    spawn = multiprocessing.get_context("spawn")
-    log = (work / "workers.log",)
     found = []
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=log) as pool:
+    with _pool(workers, work / "workers.log") as pool:
         each = (repeat(base), repeat(work), seeds, repeat(rows), shares, repeat(max_new_tokens))
         for seed, chunk in zip(seeds, pool.map(saved_chunk, *each), strict=True):
             found.append(chunk)
@@ -131,7 +143,9 @@ def _arguments(argv: list[str]) -> Any:
     parser.add_argument("--samples", type=int, default=4, help="Monte-Carlo samples of each text's NELBO")
     parser.add_argument("--chunks", type=int, default=9, help="chunks of samples for training; one more is held out")
     parser.add_argument("--chunk_rows", type=int, default=256, help="samples of a chunk")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each; 0: this one"
+    )
     parser.add_argument("--minutes", type=float | None, default=None, help="start no run after that long")
     parser.add_argument("--retry", type=bool, default=False, help="run again what failed, instead of taking it as done")
     return parser.parse_args(argv)

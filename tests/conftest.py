@@ -1,5 +1,6 @@
 """What holds for every test: no network, one thread per process, and one place where several processes may run."""
 
+import gc
 import os
 import socket
 import sys
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("distributed"):
                 item.add_marker(pytest.mark.xdist_group("distributed"))
     items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is not looked for in what the imports made: accelerate collects after each run, for a third of a tiny one's time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

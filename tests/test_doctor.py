@@ -89,6 +89,7 @@ def test_two_ranks_add_up_and_the_speed_is_told() -> None:
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_the_deepspeed_launcher_starts_it_too(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).resolve().parents[1] / "recipes" / "doctor.py"

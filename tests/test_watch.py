@@ -232,8 +232,10 @@ def test_what_cannot_be_sampled_is_refused_before_weights_are_loaded(run, tmp_pa
     ],
 )
 def test_two_ranks_sample_what_one_does_and_their_curve_does_not_change(folder, tmp_path, deepspeed, objective) -> None:
+    task = {"objective__name": objective, "data__canvas_length": 12}
+
     def on_two(name: str, **more) -> Path:
-        settings = {"training__micro_batch_size": 4, "training__deepspeed": deepspeed, "objective__name": objective}
+        settings = {"training__micro_batch_size": 4, "training__deepspeed": deepspeed, **task}
         argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / name, **settings, **more)
         said = train_ranks(argv, tmp_path / f"{name}.log")
         assert said.count("forwards, ") == (3 if more else 0)  # rank 0 alone shows them
@@ -242,7 +244,7 @@ def test_two_ranks_sample_what_one_does_and_their_curve_does_not_change(folder, 
     watched = on_two("watched", **SAMPLED)
     if (deepspeed, objective) == ("zero3", "nelbo"):  # where all ranks take part
         assert_same_run(watched, on_two("alone"))
-    argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / "one", objective__name=objective, **SAMPLED)
+    argv = recipe_argv(folder / "base", folder / "pairs.jsonl", tmp_path / "one", **task, **SAMPLED)
     one = train.train(parse_recipe(argv)).parent
     assert list(losses(watched).values()) == pytest.approx(list(losses(one).values()), rel=2e-6)
     assert [sample["text"] for sample in samples(watched)] == [sample["text"] for sample in samples(one)]

@@ -6,12 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+import kill_resume
 import pytest
-from training_fixtures import finish, losses, recipe_argv, train_ranks, two_ranks, write_base, write_pairs
+from training_fixtures import losses, recipe_argv, train_ranks, write_base, write_pairs
 
 from adapt.training import train
 from adapt.training.engine import arguments as engine
@@ -53,21 +53,16 @@ def operators() -> None:
     assert built.returncode == 0, built.stdout + built.stderr
 
 
+EXHAUSTIVE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("zero0", "zero2_offload", "zero3_offload")]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("zero0", marks=pytest.mark.exhaustive),
-        "zero1",
-        *(
-            pytest.param(name, marks=[pytest.mark.exhaustive, pytest.mark.usefixtures("operators")])
-            for name in ("zero2_offload", "zero3_offload")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["zero1", *EXHAUSTIVE])
 def test_two_ranks_have_the_curve_of_one_process_without_deepspeed(
-    name: str, folder: Path, one_rank: dict[int, float]
+    name: str, folder: Path, one_rank: dict[int, float], request: pytest.FixtureRequest
 ) -> None:
+    if "offload" in name:
+        request.getfixturevalue("operators")
     settings = {"training__deepspeed": name, "training__micro_batch_size": 4}
     train_ranks(argv(folder, name, **settings), folder / f"{name}.log")
     assert losses(folder / name) == pytest.approx(one_rank, rel=1e-5)
@@ -77,25 +72,19 @@ def test_two_ranks_have_the_curve_of_one_process_without_deepspeed(
 @pytest.mark.distributed
 @pytest.mark.usefixtures("operators")
 def test_nvme_offload_has_that_curve_too_writes_the_weights_to_the_folder_and_cleans_up(
-    folder: Path, one_rank: dict[int, float], free_port: int
+    folder: Path, one_rank: dict[int, float]
 ) -> None:
     if missing := nvme.missing_for_nvme():
         pytest.skip(missing)
     swap = folder / "swap"
     settings = {"training__deepspeed": "zero3_nvme", "training__nvme_path": swap, "training__micro_batch_size": 4}
-    process = two_ranks(argv(folder, "nvme", **settings), free_port)
-    seen: set[str] = set()
-
-    def watch() -> None:
-        while process.poll() is None:
-            for file in swap.glob("adapt-*/rank?/zero_stage_3/*/rank?/*"):
-                seen.add(f"{file.parent.name} {file.parent.parent.name}")
-            time.sleep(0.1)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    finish(process)
-    watcher.join()
+    log, seen = folder / "nvme.log", set()
+    processes = kill_resume.start(argv(folder, "nvme", **settings), 2, log)
+    while any(process.is_alive() for process in processes):
+        for file in swap.glob("adapt-*/rank?/zero_stage_3/*/rank?/*"):
+            seen.add(f"{file.parent.name} {file.parent.parent.name}")
+        time.sleep(0.1)
+    assert kill_resume.finish(processes, log) == [0, 0], log.read_text()
     assert losses(folder / "nvme") == pytest.approx(one_rank, rel=1e-5)
     assert {"rank0 float32params", "rank1 float32params", "rank0 optimizer", "rank1 optimizer"} <= seen
     assert list(swap.iterdir()) == []
