@@ -84,6 +84,13 @@ def run_ours(base: Path, documents: Path, workload: Workload, overrides: dict[st
     from adapt.training.recipe import parse_recipe
     from adapt.training.train import train
 
+    train(parse_recipe(ours_argv(base, documents, workload, overrides, out, steps)))
+
+
+def ours_argv(
+    base: Path, documents: Path, workload: Workload, overrides: dict[str, Any], out: Path, steps: int
+) -> list[str]:
+    """The recipe of a run as the arguments of `adapt train`; its folder is out/run."""
     settings = {
         "model.base": base,
         "data.train": documents,
@@ -102,7 +109,7 @@ def run_ours(base: Path, documents: Path, workload: Workload, overrides: dict[st
     argv: list[str] = []
     for setting, value in settings.items():
         argv += [f"--{setting}", value if isinstance(value, str) else json.dumps(value, default=str).strip('"')]
-    train(parse_recipe(argv))
+    return argv
 
 
 def copies(overrides: dict[str, Any]) -> int:

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import shapes
+from machine import machine
 from shapes import Workload, write_documents, write_model
-from train import RESULTS, _provenance
+from train import RESULTS
 
 from adapt.arguments import CommandParser
 from adapt_eval.measure import provenance
@@ -235,8 +236,12 @@ def main(argv: list[str]) -> int:
     names = [name for name in CASES if name.startswith(beginnings)] if given.measure else []
     kept = json.loads(given.out.read_text())["results"] if given.out.exists() else []
     results = [planned_again(result) for result in kept if result["case"] not in names] + check(names, allocator)
-    report = {"provenance": _provenance(None), "environment": allocator, "tolerance": TOLERANCE, "results": results}
-    report["provenance"]["command"] = " ".join(["python", "benchmarks/plan_check.py", *argv])
+    report = {
+        "provenance": machine("plan_check.py"),
+        "environment": allocator,
+        "tolerance": TOLERANCE,
+        "results": results,
+    }
     given.out.write_text(json.dumps(report, indent=1) + "\n")
     worst = max(results, key=lambda result: abs(result["error"]))
     print(f"{len(results)} cases, worst {worst['error']:+.1%} ({worst['case']}), allowed {TOLERANCE:.0%}: {given.out}")

@@ -44,6 +44,16 @@ _SMOLLM2_135M = {
     "rope_theta": 100_000.0,
     "tie_word_embeddings": True,
 }
+_QWEN3_600M = {
+    **_QWEN3_103M,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1_000_000.0,
+}
 _SMALL = {
     "model_type": "qwen3",
     "vocab_size": 8192,
@@ -59,8 +69,16 @@ _SMALL = {
 SHAPES: dict[str, dict[str, Any]] = {
     "Q": _QWEN3_103M,
     "S": _SMOLLM2_135M,
+    "Q600M": _QWEN3_600M,
     "small": _SMALL,
     "tiny": {**_SMALL, "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    "windows": {  # of two kinds of layers, one of them with a sliding window
+        **_SMALL,
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
 }
 
 

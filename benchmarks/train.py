@@ -14,26 +14,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import figures
-import torch
 import worker
 import yaml
 from arms import ARMS, OURS, PLAIN
+from machine import machine
 from shapes import SHAPES, Workload, write_documents, write_model
 
 from adapt.arguments import CommandParser
-from adapt_eval.measure import provenance
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -202,27 +198,6 @@ def _result(name: str, workload: Workload, measured: dict[str, Any], peak_tflops
     }
 
 
-def _provenance(threads: int | None) -> dict[str, Any]:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/train.py", *sys.argv[1:]]),
-        "git_revision": provenance.git_revision(),
-        "versions": provenance.versions(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": threads or torch.get_num_threads(),
-        "load_at_start": os.getloadavg(),
-    }
-
-
 def main(argv: list[str]) -> None:
     """The command line; see the top of this file."""
     parser = CommandParser(prog="benchmarks/train.py", description=__doc__)
@@ -271,7 +246,7 @@ def _run(given: Any) -> dict[str, Any]:
         "overrides": {key: yaml.safe_load(value) for key, value in settings},
         "threads": given.threads,
     }
-    report: dict[str, Any] = {"provenance": _provenance(given.threads), "options": options}
+    report: dict[str, Any] = {"provenance": machine("train.py", given.threads), "options": options}
     if given.sweep:
         out = given.out or RESULTS / f"{given.sweep}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
