@@ -8,9 +8,11 @@ Nothing heavy is imported before a verb is known: `adapt --help` answers at once
 
 import difflib
 import importlib
+import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import NamedTuple
@@ -49,6 +51,7 @@ examples:
   adapt generate out/smollm2 --prompt "The capital of France is" --show
   adapt compare --base HuggingFaceTB/SmolLM2-135M-Instruct --adapted out/smollm2 --tasks gsm8k --out out/report
   adapt VERB --help        the verb's options and examples
+  ADAPT_PROGRESS_SECONDS=60 adapt VERB ... 2> log    a line a minute, not every ten seconds
   adapt VERB ... --debug   the whole traceback instead of one line, and all that libraries say"""
 
 # Which extra brings a module that a verb may miss; tests/test_cli.py holds this against pyproject.toml.
@@ -92,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _put_own_scripts_on_path()
     progress.debug = debug
-    progress.quiet_libraries()
+    if not debug:
+        _quiet_libraries()
     try:
         return _quiet_when_closed(lambda: _run(verb, rest))
     except KeyboardInterrupt:
@@ -113,6 +117,35 @@ def _run(verb: str, args: list[str]) -> int | None:
         with progress.doing(f"adapt {verb}: starting"):
             run: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), function)
         return run(args)
+
+
+def _quiet_libraries() -> None:
+    """Leaves the console to us: errors of libraries stay, their bars, advice and warnings go.
+
+    Best before they are imported: most read the environment once. Processes that are started later inherit it.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the default of all bars but ours
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name, call in (
+        ("transformers", lambda library: library.logging.set_verbosity_error()),
+        ("transformers", lambda library: library.logging.disable_progress_bar()),
+        ("datasets", lambda library: library.disable_progress_bars()),
+    ):
+        if name in sys.modules:
+            call(sys.modules[name])
+    for name in ("accelerate", "bitsandbytes", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Filters, because these two set their level when they are imported.
+    for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
+        logger = logging.getLogger(name)
+        if _errors_alone not in logger.filters:
+            logger.addFilter(_errors_alone)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|accelerate|peft")
+
+
+def _errors_alone(record: logging.LogRecord) -> bool:
+    return progress.debug or record.levelno >= logging.ERROR
 
 
 def _quiet_when_closed(job: Callable[[], int | None]) -> int:

@@ -5,29 +5,30 @@
         task.update(len(batch))
     progress.say("a line for itself, above the bars")
 
-A thread speaks for work that cannot call back: an import, a compilation, a probe. It speaks of what began last. What libraries say
-by themselves is quiet (`quiet_libraries`), unless --debug is given. Nothing heavy is imported: a verb speaks before torch is there.
+A thread speaks for work that cannot call back: an import, a compilation, a probe. It speaks of what began last. Nothing heavy is
+imported: a verb speaks before torch is there.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
+import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
+_MARK = "ADAPT_PROGRESS_MARK"  # the environment of a started process: the file that is not there while it speaks
 FIRST = 1.0  # seconds before work is spoken of: what is done sooner needs no word
 _TICK = 0.5  # seconds between two looks at the clock
 _SCALES = {"": 1, "MB": 10**6}
 _REDRAW = 0.2  # seconds between two drawings of a bar
 
 debug = False
-"""Whether --debug was given: libraries say what they like."""
+"""Whether --debug was given: what libraries say is not hidden."""
 
 _running: list[Task] = []  # the last began last
 _lock = threading.RLock()
@@ -38,7 +39,7 @@ _last_line = float("-inf")
 class Task:
     """Work that is running. Made by `doing` or `begin`."""
 
-    def __init__(self, what: str, total: int | None, unit: str, done: int, has_bar: bool) -> None:
+    def __init__(self, what: str, total: int | None, unit: str, done: int, has_bar: bool, shown: bool) -> None:
         self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
         self.figures: Sequence[str] = ()
         """key=value, the most important first; a narrow terminal shows fewer"""
@@ -48,8 +49,10 @@ class Task:
         self._file = sys.stderr
         # Several ranks would tear a bar.
         self._is_on_terminal = columns(self._file) > 0 and os.environ.get("WORLD_SIZE", "1") == "1"
-        self._is_silent = not is_main() or (self._is_on_terminal and not has_bar)
+        self._is_silent = not shown or not is_main() or (self._is_on_terminal and not has_bar)
         self._bar: Any = None
+        self.mark: str | None = None
+        """file; while it is not there, another process speaks"""
         self.was_spoken_of, self._done_when_spoken_of = False, done
 
     def update(self, amount: int = 1, *, speak: bool = True) -> None:
@@ -72,7 +75,9 @@ class Task:
         if self._is_silent:
             return
         with _lock:
-            if self._is_on_terminal:
+            if self.mark is not None and not os.path.exists(self.mark):
+                self._erase()
+            elif self._is_on_terminal:
                 self._draw()
             else:
                 print(self.text(), file=self._file, flush=True)
@@ -90,6 +95,14 @@ class Task:
                 _running.remove(task)
                 if task._bar is not None:
                     task._bar.close()
+                    task._bar = None
+            _hand_word(back=True)
+
+    def _erase(self) -> None:
+        if self._bar is not None:
+            self._bar.leave = False
+            self._bar.close()
+            self._bar = None
 
     def text(self) -> str:
         """One line: how much is done, how long it will take or has taken, figures."""
@@ -117,7 +130,9 @@ class Task:
         from tqdm import tqdm
 
         if self._bar is None:
-            # `disable` is said, because quiet_libraries changes its default.
+            for task in _running:  # one bar at a time, of what began last
+                task._erase()
+            # `disable` is said, because `cli` changes its default.
             options = {"file": self._file, "dynamic_ncols": True, "disable": False, "leave": self.total is not None}
             self._bar = tqdm(total=self.total, initial=self.done, bar_format="{desc}", **options)
         if self.total is None:
@@ -133,8 +148,9 @@ class Task:
 
 def begin(what: str, total: int | None = None, *, unit: str = "", done: int = 0, bar: bool = True) -> Task:
     """A task that `close` ends: for callbacks, which have no `with`. Its settings are those of `doing`; done: so far."""
-    task = Task(what, total, unit, done, bar)
+    task = Task(what, total, unit, done, bar, shown=True)
     with _lock:
+        _hand_word(back=False)
         _running.append(task)
     _start_speaker()
     return task
@@ -149,7 +165,7 @@ def doing(
     total: of what `update` counts; None = not known, the time that has passed is shown. unit: "MB" of bytes. bar: on a terminal;
     False for work that draws there itself. shown: False says nothing.
     """
-    task = begin(what, total, unit=unit, bar=bar) if shown else Task(what, total, unit, 0, False)
+    task = begin(what, total, unit=unit, bar=bar) if shown else Task(what, total, unit, 0, bar, shown)
     try:
         yield task
     finally:
@@ -172,14 +188,23 @@ def say(line: str, file: TextIO | None = None) -> None:
 
 
 @contextmanager
+def starting_process(what: str) -> Iterator[dict[str, str]]:
+    """Inside, `what` is being done while the process that is started there, in the environment that is given, does not speak."""
+    with tempfile.TemporaryDirectory(prefix="adapt-progress-") as folder, doing(what) as task:
+        mark = Path(folder) / "mark"
+        mark.touch()
+        task.mark = str(mark)
+        yield {**os.environ, _MARK: task.mark}
+
+
+@contextmanager
 def handed_over() -> Iterator[None]:
-    """Inside, nothing is said from here: what runs there (another process, a view that redraws itself) speaks."""
+    """Inside, nothing is said from here, because what runs there draws on the terminal."""
     with _lock:
         before = list(_running)
         _running.clear()
         for task in before:
-            if task._bar is not None:
-                task._bar.clear()
+            task._erase()
     try:
         yield
     finally:
@@ -188,13 +213,31 @@ def handed_over() -> Iterator[None]:
         _start_speaker()
 
 
+def _hand_word(back: bool) -> None:
+    """Before the first task and after the last: tells the process that started this one who speaks (`starting_process`)."""
+    if _running or not is_main() or _MARK not in os.environ:
+        return
+    with suppress(OSError):  # it may be gone
+        if back:
+            Path(os.environ[_MARK]).touch()
+        else:
+            Path(os.environ[_MARK]).unlink()
+
+
 def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
 def seconds_between_lines() -> float:
     """$ADAPT_PROGRESS_SECONDS, by default 10; 0 = none but those that end something."""
-    return float(os.environ.get("ADAPT_PROGRESS_SECONDS", "10")) or float("inf")
+    given = os.environ.get("ADAPT_PROGRESS_SECONDS", "10")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ValueError(f"ADAPT_PROGRESS_SECONDS={given}: must be a number of seconds, such as 60; 0 = no such lines")
+    return seconds or float("inf")
 
 
 def columns(file: TextIO) -> int:
@@ -244,52 +287,3 @@ def _clock(seconds: float) -> str:
 
 def _literal(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
-
-
-# -- what libraries say -----------------------------------------------------------------------------------------------
-
-
-def quiet_libraries() -> None:
-    """Leaves the console to us, unless `debug`: errors of libraries stay, their bars, advice and warnings go.
-
-    Before they are imported if it can be: most read the environment once. Processes that are started later inherit it.
-    """
-    if debug:
-        return
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the default of all bars but ours
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name, call in (
-        ("transformers", lambda library: library.logging.set_verbosity_error()),
-        ("transformers", lambda library: library.logging.disable_progress_bar()),
-        ("datasets", lambda library: library.disable_progress_bars()),
-    ):
-        if name in sys.modules:
-            call(sys.modules[name])
-    for name in ("accelerate", "bitsandbytes", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Filters, because these two set their level when they are imported.
-    for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
-        logger = logging.getLogger(name)
-        if _errors_alone not in logger.filters:
-            logger.addFilter(_errors_alone)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|accelerate|peft")
-
-
-def _errors_alone(record: logging.LogRecord) -> bool:
-    return debug or record.levelno >= logging.ERROR
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Inside, nothing reaches standard output, unless `debug`: some of DeepSpeed prints and has no switch."""
-    if debug:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
-
-
-def launcher_options() -> list[str]:
-    """Options of the `deepspeed` command that keep its own lines away, unless `debug`; its rank 0 says what went wrong."""
-    return [] if debug else ["--log_level", "critical"]

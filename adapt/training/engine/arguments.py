@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 import torch
 import transformers
@@ -156,7 +156,8 @@ def _deepspeed(ours: TrainingConfig, world_size: int) -> dict | None:
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))  # one process, started without the launcher
     # Before ZeRO-3 scatters weights: accelerate initialises torch's process group on CPU, but not DeepSpeed's view of it.
-    with progress.hushed():
+    with open(os.devnull, "w") as nowhere, nullcontext() if progress.debug else redirect_stdout(nowhere):
+        # It prints that its operators are built, and has no switch for that.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return config
 

@@ -13,7 +13,7 @@ from ... import progress
 
 # What stands in the line, in words. The rest of a log (grad_norm, mask_ratio, tokens/s with padding ...) is in metrics.jsonl.
 LEGEND = {
-    "nelbo": "nats per token, an upper bound on the NLL (of the AR objective: the NLL)",
+    "nelbo": "nats per token, an upper bound on the NLL",
     "noised_nll": "nats per token, of the noised tokens",
     "ar_nll": "nats per token, of the next token",
     "distill_kl": "nats per token, away from the original",
@@ -67,7 +67,10 @@ class Progress(TrainerCallback):
 def progress_figures(logs: Mapping[str, float]) -> list[str]:
     """key=value of a log, the most important first."""
     bound = "nelbo" if "nelbo" in logs else "noised_nll"
-    terms = [f"{name}={logs[name]:.3f}" for name in (bound, "ar_nll", "distill_kl") if name in logs]
+    if logs[bound] == logs.get("ar_nll"):  # the AR objective
+        bound = "ar_nll"
+    names = dict.fromkeys((bound, "ar_nll", "distill_kl"))
+    terms = [f"{name}={logs[name]:.3f}" for name in names if name in logs]
     speed = f"tokens/s={logs['clean_tokens_per_s']:,.0f}"
     loss = [f"loss={logs['loss']:.3f}"] if len(terms) > 1 else []  # of one term it is the bound over again
     return [*terms, speed, *loss, f"lr={logs['learning_rate']:.1e}", f"memory={logs['peak_memory_gb']:.1f}GB"]
