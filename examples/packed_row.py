@@ -1,6 +1,6 @@
 """One packed row of a run, token by token, as the model reads it.
 
-    python examples/packed_row.py runs/guide        # row 0; python examples/packed_row.py runs/guide 5: row 5
+python examples/packed_row.py runs/guide        # row 0; python examples/packed_row.py runs/guide 5: row 5
 """
 
 import sys
