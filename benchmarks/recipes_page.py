@@ -16,16 +16,16 @@ PAGE = ROOT / "docs" / "recipes.md"
 INTRO = """\
 # Recipes
 
-Copy one, change three lines, override the rest on the command line. The command that runs a recipe stands on top of it. Every field, with its
-unit and default:
+Copy one, change three lines, override the rest on the command line. The command that runs a recipe stands on top of it.
+Every field, with its unit and default:
 
 ```bash
 adapt train --help
 ```
 
-Memory is that of each GPU, **computed and not measured**: the `adapt plan` command on top of each recipe prints it again, for other numbers of
-GPUs and other settings too. How far such plans are off where they were measured: `benchmarks/README.md`. *Source* is where the settings come
-from: a paper, or our own [ablations](ablations.md). A recipe without one has usual settings that nobody has tuned.
+Memory is that of each GPU, **computed and not measured**: the `adapt plan` command on top of each recipe prints it again, for other
+numbers of GPUs and other settings too. How far such plans are off where they were measured: `benchmarks/README.md`. *Source* is where
+the settings come from: a paper, or our own [ablations](ablations.md). A recipe without one has usual settings that nobody has tuned.
 Every recipe takes two steps on a tiny model of its architecture in the tests; none has been run to its end.
 
 | recipe | base | method | attention | GPUs | GB of each | source |
@@ -37,8 +37,8 @@ The quickstart's recipes (`recipes/quickstart/`) are filled in by `adapt quickst
 Gemma and Llama are gated: accept the licence on the model's page, then `hf auth login`. No Hub on the node:
 [multi_node.md](multi_node.md#nodes-without-internet).
 
-`config.json` beside the recipes of a model holds its shape, so that `adapt plan --config RECIPE --model_config recipes/qwen3-8b/config.json` needs
-no network.
+`config.json` beside the recipes of a model holds its shape, so that planning needs no network:
+`adapt plan --config recipes/qwen3-8b/block.yaml --model_config recipes/qwen3-8b/config.json`.
 """
 
 

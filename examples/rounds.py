@@ -23,15 +23,20 @@ def pieces_of(lm: Any, output: GenerateOutput, num_prompt: int) -> tuple[list[st
     pieces = [end[len(start) :] for start, end in zip(["", *ends], ends, strict=False)]
     blank = lm.spec.mask_token_id
     rounds = [[token != blank for token in state[0, num_prompt:][:length].tolist()] for state in output.history]
-    return [piece.replace("\n", "⏎") for piece in pieces], rounds
+    return pieces, rounds
 
 
 class Picture:
     """The rounds drawn; a notebook shows it, `save` writes it as PNG or SVG by the file's ending."""
 
     def __init__(self, pieces: list[str], rounds: list[list[bool]], *, title: str = "", scale: float = 0.115) -> None:
+        from matplotlib import font_manager
         from matplotlib.figure import Figure
 
+        font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
+        pieces = [
+            "".join(c if ord(c) in font.get_charmap() else "·" for c in piece.replace("\n", "⏎")) for piece in pieces
+        ]
         widths = [max(1, len(piece)) for piece in pieces]
         starts = [sum(widths[:i]) for i in range(len(pieces))]
         width, height = MARGIN + sum(widths) + 0.6, LINE * len(rounds) + (2.2 if title else 0.3)

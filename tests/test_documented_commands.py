@@ -7,6 +7,7 @@ ssh and deepspeed, and what they would have started is read in the same way.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import runpy
@@ -34,6 +35,16 @@ READS = {
     "plot": ("runs",),
 }
 MAKES = ("out", "output_path")
+SLURM = {  # of a job of two nodes with eight GPUs each, as its first rank sees it
+    "SLURM_GPUS_PER_NODE": "8",
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node-[0-1]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "16",
+    "SLURM_NTASKS_PER_NODE": "8",
+    "SLURM_PROCID": "0",
+}
 PLAIN = {
     "cat",
     "cd",
@@ -94,18 +105,25 @@ class Reader:
         if name.startswith("launch/"):
             self._script(command, ["bash", *command.argv])
         elif name == "sbatch":
-            self._script(command, ["bash", *rest[next(i for i, word in enumerate(rest) if word[0] != "-") :]])
+            script = next(i for i, word in enumerate(rest) if word[0] != "-")
+            options = {word[2:].partition("=")[0]: word.partition("=")[2] for word in rest[:script]}
+            names = {"SLURM_" + name.upper().replace("-", "_"): value for name, value in options.items()}
+            self._script(command._replace(environment={**command.environment, **names}), ["bash", *rest[script:]])
         else:
-            of_name = {"adapt": self.adapt, "deepspeed": self._deepspeed, "python": self._python, "make": self._make}
+            of_name = {"adapt": self.adapt, "cp": self._copy, "deepspeed": self._deepspeed}
+            of_name |= {"make": self._make, "python": self._python}
             assert name in of_name or name in PLAIN, f"unknown command {name}"
             of_name.get(name, self._plain)(rest)
 
     def adapt(self, argv: list[str]) -> None:
         verb, *rest = argv
         assert verb in cli.VERBS, f"adapt {verb}: no such verb"
+        if rest == ["--help"]:
+            return None
         if verb == "train":
             return self._train(rest)
-        settings = vars(_settings(lambda: cli._function_of(verb)(rest)))
+        module, _, function = cli.VERBS[verb].target.partition(":")
+        settings = vars(_settings(lambda: getattr(importlib.import_module(module), function)(rest)))
         for key in READS.get(verb, ()):
             for path in _as_list(settings.get(key)):
                 self.must_exist(str(path).rpartition("=")[2])
@@ -123,6 +141,13 @@ class Reader:
             self.must_exist(path)
         self.made.add(recipe.training.output_dir)
 
+    def _recipe(self, argv: list[str]) -> Recipe:
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # a recipe is more than its parser: sections are held against each other
+            patch.setattr(jsonargparse.ArgumentParser, "parse_args", _plain_parse)
+            return parse_recipe(argv)
+
     def _deepspeed(self, argv: list[str]) -> None:
         from deepspeed.launcher.runner import parse_args
 
@@ -136,41 +161,44 @@ class Reader:
         self.adapt([verb, *launched.user_args])
 
     def _script(self, command: Command, argv: list[str]) -> None:
-        """Runs one of launch/'s scripts; each deepspeed that it starts is read."""
+        """Runs one of launch/'s scripts; what it starts, a deepspeed or the task of a rank, is read."""
         record, stubs = self.folder / "record", self.folder / "stubs"
         if not stubs.exists():
             stubs.mkdir()
-            _stand_in(stubs / "deepspeed", 'printf "%s\\n" "$#" "$@" >> "$RECORD"')
+            for name in ("deepspeed", "python"):
+                _stand_in(stubs / name, f'printf "%s\\n" $(($# + 1)) {name} "$@" >> "$RECORD"')
             _stand_in(stubs / "scontrol", "echo node-0; echo node-1")
-            _stand_in(stubs / "srun", 'while [[ $1 == -* ]]; do shift; done; SLURM_NODEID=0 "$@"')
+            _stand_in(stubs / "srun", 'while [[ $1 == -* ]]; do shift; done; "$@"')
         record.write_text("")
-        slurm = {"JOB_ID": "7", "JOB_NODELIST": "node-[0-1]", "JOB_NUM_NODES": "2", "GPUS_PER_NODE": "8"}
-        environment = {
-            **os.environ,
-            **{f"SLURM_{name}": value for name, value in slurm.items()},
-            "SLURM_SUBMIT_DIR": str(self.folder),
-            "RECORD": str(record),
-            "PATH": f"{stubs}{os.pathsep}/usr/bin{os.pathsep}/bin",
-            **command.environment,
-        }
-        if "HOSTFILE" in command.environment and not self.exists(command.environment["HOSTFILE"]):
-            raise AssertionError(f"HOSTFILE={command.environment['HOSTFILE']}: made by no line before")
+        if hostfile := command.environment.get("HOSTFILE"):
+            self.must_exist(hostfile)
+        path = {"PATH": f"{stubs}{os.pathsep}/usr/bin{os.pathsep}/bin", "RECORD": str(record)}
+        environment = {**os.environ, **SLURM, "SLURM_SUBMIT_DIR": str(self.folder), **path, **command.environment}
         done = subprocess.run(argv, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         lines = record.read_text().splitlines()
         assert lines, f"{command}: started nothing"
         while lines:
             count = int(lines[0])
-            self._deepspeed(lines[1 : count + 1])
+            self.follow(command._replace(environment={}, argv=lines[1 : count + 1]))
             lines = lines[count + 1 :]
 
     def _python(self, argv: list[str]) -> None:
         if argv[0] == "-c":
             compile(argv[1], "-c", "exec")
+        elif argv[:2] == ["-m", "adapt.training.recipe"]:  # what launch/run_multinode.sh hands to other nodes
+            self._recipe(argv[3:]).save(self.folder / argv[2])
         elif argv[0] == "-m":
             assert argv[1] in ("adapt.cli", "pytest", "pip", "venv", "jupyter"), argv
+        elif argv[0] == "-u" or argv[0] in ("recipes/train.py", "recipes/doctor.py"):
+            script, *rest = argv[1:] if argv[0] == "-u" else argv
+            self.must_exist(script)
+            self.adapt([Path(script).stem, *rest])
         elif argv[0].startswith("benchmarks/"):
             file = ROOT / argv[0]
+            if "Parser(" not in file.read_text():
+                assert argv[1:] == [], f"{argv[0]} takes no arguments"
+                return
             before = set(sys.modules)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", argv)
@@ -191,13 +219,16 @@ class Reader:
             self.adapt(line.split())
             self.made.add("quickstart-fast" if "--fast" in line else "quickstart")
 
+    def _copy(self, argv: list[str]) -> None:
+        source, target = argv
+        self.must_exist(source)
+        shutil.copy(self.folder / source, self.folder / target)
+
     def _plain(self, argv: list[str]) -> None:
         for word in argv:
-            if "/" in word and "=" not in word and ":" not in word and not word.startswith(("-", "/", "'")):
-                if not word.startswith(".venv/"):
-                    self.must_exist(word)
-        if argv and "=" not in argv[-1]:
-            self.made.add(argv[-1])  # cp FROM TO
+            is_path = "/" in word and not re.search(r"[=:(]", word) and not word.startswith(("-", "/", ".venv/"))
+            if is_path:
+                self.must_exist(word)
 
     def exists(self, path: str) -> bool:
         parents = {str(parent) for parent in [Path(path), *Path(path).parents]}
@@ -248,39 +279,40 @@ def _follow_all(text: str, folder: Path, found: list[Command], monkeypatch: pyte
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_line_works(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = document.read_text()
-    _follow_all(text, tmp_path, commands(text), monkeypatch)
+    inline = [command._replace(argv=_whole(command.argv)) for command in inline_commands(text)]
+    _follow_all(text, tmp_path, sorted([*commands(text), *inline], key=lambda command: command.line), monkeypatch)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_inside_a_sentence_works(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = document.read_text()
-    recipe = f"--config {RECIPE} --model.base BASE --data.train DATA".split()
-    found = []
-    for command in inline_commands(text):
-        argv = [RECIPE if word in ("RECIPE", "RECIPE.yaml") else word for word in command.argv]
-        if argv[0].startswith("--"):
-            argv = ["adapt", "train", *recipe, *argv]
-        found.append(command._replace(argv=argv))
-    _follow_all(text, tmp_path, found, monkeypatch)
+def _whole(argv: list[str]) -> list[str]:
+    """What stands inside a sentence, as a line that could be typed: an option goes to a recipe, RECIPE is one."""
+    argv = [RECIPE if word in ("RECIPE", "RECIPE.yaml") else word for word in argv]
+    if argv[0].startswith("--sampler."):
+        return ["adapt", "generate", "CKPT", "--prompt", "Hello", *argv]
+    if argv[0].startswith("--"):
+        return ["adapt", "train", "--config", RECIPE, "--model.base", "BASE", "--data.train", "DATA", *argv]
+    return [*argv, "--help"] if argv[0] == "adapt" and len(argv) == 2 else argv
 
 
 @pytest.mark.parametrize(
-    "line",
+    "line, why",
     [
-        "adapt convrt BASE OUT",
-        "adapt convert BASE OUT --atention prefix",
-        "adapt generate out/nothing --prompt Hello",
-        "adapt train --config recipes/none.yaml",
-        f"deepspeed --num_gpu 8 recipes/train.py --config {RECIPE}",
-        f"deepspeed recipes/trian.py --config {RECIPE}",
-        f"sbatch launch/slurm.sbatch --config --config {RECIPE}",
-        "sbatch launch/slurm.sbatch recipes/none.yaml",
-        "python benchmarks/train.py --sope Q",
-        "make quickstrt",
-        "adopt convert BASE OUT",
+        ("adapt convrt BASE OUT", "adapt convrt: no such verb"),
+        ("adapt convert BASE OUT --atention prefix", "SystemExit: 2"),
+        ("adapt generate CKPT --prompt Hello --sampler.threshold 2", "sampler.threshold=2"),
+        ("adapt generate out/nothing --prompt Hello", "out/nothing: is not in the repository"),
+        ("adapt train --config recipes/none.yaml", "SystemExit: 2"),
+        (f"deepspeed --gpus 8 recipes/train.py --config {RECIPE}", "SystemExit: 2"),
+        (f"deepspeed recipes/trian.py --config {RECIPE}", "recipes/trian.py: is not in the repository"),
+        (f"sbatch launch/slurm.sbatch --config --config {RECIPE}", "SystemExit: 2"),
+        ("sbatch launch/slurm.sbatch recipes/none.yaml", "SystemExit: 2"),
+        (f"sbatch --gpus-per-node=4 launch/slurm.sbatch {RECIPE}", "make it --gpus-per-node=4"),
+        (f"HOSTFILE=hosts launch/run_multinode.sh {RECIPE}", "hosts: is not in the repository"),
+        ("python benchmarks/train.py --sope Q", "SystemExit: 2"),
+        ("make quickstrt", "No rule to make target"),
+        ("adopt convert BASE OUT", "unknown command adopt"),
     ],
 )
-def test_a_line_that_cannot_work_is_found(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_cannot_work_is_found(line: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"```bash\n{line}\n```\n"
-    with pytest.raises(pytest.fail.Exception):
+    with pytest.raises(pytest.fail.Exception, match=re.escape(why)):
         _follow_all(text, tmp_path, commands(text), monkeypatch)
