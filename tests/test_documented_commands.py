@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable

@@ -81,7 +81,7 @@ def _tokenizer(header: Header) -> PreTrainedTokenizerFast:
         name = write_without_vocabulary(header, Path(folder) / "config.gguf", weights=False).name
         config = AutoConfig.from_pretrained(folder, gguf_file=name)
     # What AutoTokenizer would choose, once it had read the whole file to know the config.
-    tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    tokenizer_class: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     if not issubclass(tokenizer_class, PreTrainedTokenizerFast):  # mistral-common's, which reads files of its own
         tokenizer_class = PreTrainedTokenizerFast
     tokenizer = tokenizer_class.from_pretrained(header.path.parent, gguf_file=header.path.name)
