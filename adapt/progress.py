@@ -151,8 +151,8 @@ def begin(what: str, total: int | None = None, *, unit: str = "", done: int = 0,
     task = Task(what, total, unit, done, bar, shown=True)
     with _lock:
         _hand_word(back=False)
+        _start_speaker()
         _running.append(task)
-    _start_speaker()
     return task
 
 
@@ -259,7 +259,7 @@ def fitting(figures: Sequence[str], width: int) -> list[str]:
 def _start_speaker() -> None:
     global _speaker
     with _lock:
-        if _speaker is None and is_main() and seconds_between_lines() < float("inf"):
+        if seconds_between_lines() < float("inf") and _speaker is None and is_main():
             _speaker = threading.Thread(target=_speak_when_due, name="progress", daemon=True)
             _speaker.start()
 

@@ -90,6 +90,7 @@ def test_zero2_on_two_ranks_has_the_curve_of_one_and_survives_a_rank_that_dies_t
 ) -> None:
     output = train_two("zero2", training__deepspeed="zero2")
     assert output.count("16 steps of 8 rows on 2 ranks") == 1  # rank 0 alone speaks
+    assert output.count("train: 100% 16/16 ") == 1
     assert_same_curve(folder / "zero2", one_rank)
     assert len(AutoModelForCausalLM.from_pretrained(folder / "zero2" / "model").state_dict()) > 10
 
@@ -114,6 +115,7 @@ def test_the_launcher_ends_with_the_rank_that_dies_and_a_restart_goes_on(argv, t
     assert process.returncode != 0
     assert said.count("300 steps of 8 rows on 2 ranks") == 1  # rank 0 alone speaks
     assert "Warning" not in said
+    assert "built successfully" not in said
     assert "exits with return code = -9" in said
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
     more = max(kill_resume.losses(folder / "launched")) + 2
