@@ -83,6 +83,7 @@ def test_it_converts_and_in_all_patterns_each_token_moves_exactly_those_that_see
     _check_default_kernel(outcome)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in PROMISED])
 def test_it_is_converted_and_right_or_refused_in_one_line_as_the_page_says(model_type, tmp_path):
     outcome = try_one(model_type, tmp_path)

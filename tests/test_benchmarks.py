@@ -32,6 +32,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.exhaustive
 def test_report_holds_every_raw_timing_and_where_it_comes_from(report: dict) -> None:
     provenance = report["provenance"]
     assert {"cpu", "cores", "command", "git_revision", "threads", "versions", "load_at_start"} <= set(provenance)
@@ -44,6 +45,7 @@ def test_report_holds_every_raw_timing_and_where_it_comes_from(report: dict) -> 
             assert arm["peak_memory_bytes"] > 50e6
 
 
+@pytest.mark.exhaustive
 def test_documents_of_one_length_are_the_same_tokens_in_every_arm(report: dict) -> None:
     for name, arm in report["results"][0]["arms"].items():
         for step in arm["steps"]:
@@ -51,12 +53,14 @@ def test_documents_of_one_length_are_the_same_tokens_in_every_arm(report: dict) 
             assert counted == (3 * 16, 3 * 16, 3 * 16), name
 
 
+@pytest.mark.exhaustive
 def test_head_rows_are_all_positions_for_plain_ar_and_answer_tokens_at_most_for_ours(report: dict) -> None:
     arms = report["results"][0]["arms"]
     assert {step["head_rows"] for step in arms["ar"]["steps"]} == {3 * 16}
     assert all(0 < step["head_rows"] <= 3 * 9 for step in arms["prefix"]["steps"])
 
 
+@pytest.mark.exhaustive
 def test_padding_is_no_useful_token(report: dict) -> None:
     mixed = report["results"][1]
     for name, arm in mixed["arms"].items():
@@ -67,6 +71,7 @@ def test_padding_is_no_useful_token(report: dict) -> None:
     assert all(step["positions"] % 4 == 0 for step in mixed["arms"]["ar"]["steps"])
 
 
+@pytest.mark.exhaustive
 def test_ratios_are_taken_inside_a_round(report: dict) -> None:
     for result in report["results"]:
         ar, ours = (result["arms"][name]["steps"] for name in ("ar", "prefix"))
@@ -79,6 +84,7 @@ def test_ratios_are_taken_inside_a_round(report: dict) -> None:
         assert result["summary"]["ar"]["ratio"] == {"median": 1, "min": 1, "max": 1}
 
 
+@pytest.mark.exhaustive
 def test_mfu_counts_what_ar_training_needs_for_a_token(report: dict) -> None:
     result = report["results"][0]
     sizes, ar = result["sizes"], result["summary"]["ar"]
@@ -86,6 +92,7 @@ def test_mfu_counts_what_ar_training_needs_for_a_token(report: dict) -> None:
     assert ar["mfu"] == pytest.approx(ar["clean_tokens_per_s"]["median"] * per_token / 1e12)
 
 
+@pytest.mark.exhaustive
 def test_sweep_is_drawn_as_it_grows(report: dict, tmp_path: Path) -> None:
     draw_sweep = _module().figures.draw_sweep
     points = [{"length": length, **result} for length, result in zip((256, 512), report["results"], strict=True)]
@@ -109,6 +116,7 @@ def test_profile_gives_the_operators_of_a_step_to_its_parts(tmp_path: Path) -> N
     assert step["profile"]["parts"].keys() == calls.keys()
 
 
+@pytest.mark.exhaustive
 def test_arm_that_a_recipe_refuses_is_left_out_with_its_reason(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ["--shape", "tiny", "--workload", "2x16", "--arms", "prefix", "--set", "data.too_long=never"]

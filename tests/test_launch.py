@@ -283,6 +283,7 @@ def test_slurm_script_wants_a_task_for_each_gpu(project: Path) -> None:
     assert done.stderr == "--ntasks-per-node=1: one task drives one GPU; make it --gpus-per-node=4\n"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_multinode_script_starts_every_node_over_pdsh_with_values_as_they_are(project: Path, free_port: int) -> None:
     # ssh answers; pdsh runs its command here once per host, with %n replaced by the node's rank as the real one does.
