@@ -46,28 +46,29 @@ def run_all(
     seconds: float,
     report: dict[str, Any],
     out: Path,
-    env: dict[str, str],
+    scratch: Path,
+    env: dict[str, str] | None = None,
+    shortest: float = SHORTEST,
 ) -> dict[str, Any]:
     """The report with what came of each part, in out.json and out.md after each."""
     deadline = time.monotonic() + seconds
     names = list(parts)
-    with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
-        for i, name in enumerate(names):
-            left = deadline - time.monotonic()
-            share = left * parts[name].seconds / sum(parts[other].seconds for other in names[i:])
-            limit = min(left, max(share, SHORTEST))
+    for i, name in enumerate(names):
+        left = deadline - time.monotonic()
+        share = left * parts[name].seconds / sum(parts[other].seconds for other in names[i:])
+        limit = min(left, max(share, shortest))
+        if left < min(shortest, seconds):
+            outcome = {"status": "skipped (time)", "reason": f"{max(left, 0):.0f} s were left", "seconds": 0.0}
+        else:
             print(f"{name}: {parts[name].shows}; at most {limit:.0f} s", file=sys.stderr, flush=True)
-            if left < min(SHORTEST, seconds):
-                outcome = {"status": "skipped (time)", "reason": f"{max(left, 0):.0f} s were left", "seconds": 0.0}
-            else:
-                own = Path(scratch) / str(i)
-                own.mkdir()
-                outcome = run_one(command(name, own), own, limit, env)
-                shutil.rmtree(own)  # a model's weights fill a small disk
-            report["parts"].append({"part": name, "shows": parts[name].shows, **outcome})
-            print(f"{name}: {outcome['status']} {outcome['reason']}".rstrip(), file=sys.stderr, flush=True)
-            write_json(out.with_name(f"{out.name}.json"), report)
-            out.with_name(f"{out.name}.md").write_text(page(report))
+            own = scratch / str(i)
+            own.mkdir()
+            outcome = run_one(command(name, own), own, limit, env)
+            shutil.rmtree(own)  # a model's weights fill a small disk
+        report["parts"].append({"part": name, "shows": parts[name].shows, **outcome})
+        print(f"{name}: {outcome['status']} {outcome['reason']}".rstrip(), file=sys.stderr, flush=True)
+        write_json(out.with_name(f"{out.name}.json"), report)
+        out.with_name(f"{out.name}.md").write_text(page(report))
     return report
 
 
@@ -186,7 +187,8 @@ def main(argv: list[str]) -> int:
 
     report = {"provenance": about, "peak_tflops": peak, "minutes": given.minutes, "parts": []}
     parts = {name: PARTS[name] for name in PARTS if name in names}
-    run_all(parts, command, seconds=60 * given.minutes, report=report, out=out, env=env)
+    with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
+        run_all(parts, command, seconds=60 * given.minutes, report=report, out=out, scratch=Path(scratch), env=env)
     print(page(report))
     return int(any(part["status"] == "failed" for part in report["parts"]))
 

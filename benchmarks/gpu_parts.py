@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -38,6 +39,7 @@ class Part(NamedTuple):
 def suites(setting: Setting) -> Iterator[Found]:
     """The tests marked gpu."""
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    assert marked, "pytest would run everything"
     junit = setting.scratch / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, f"--junitxml={junit}", *marked], cwd=ROOT, capture_output=True, text=True)
@@ -74,7 +76,7 @@ def training(setting: Setting, shape: str, arms: list[str], rounds: int = 10) ->
     yield {
         "table": figures.table(summary),
         "shape": shape,
-        "workload": workload._asdict(),
+        "workload": asdict(workload),
         **measured,
         "summary": summary,
     }
