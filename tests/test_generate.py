@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import adapt
 from adapt.cli import main as cli
+from adapt.decoding.settings import SETTINGS
 from adapt.decoding.show import CanvasView
 
 FIGURES = r"^\d+ tokens, \d+ forwards, \d+\.\d\d tokens per forward, [\d.]+ tokens/s$"
@@ -117,6 +118,23 @@ def test_text_in_text_out_for_one_prompt_and_for_many(diffusion_lm):
         lm.write(["The cat", ""])
 
 
+def test_every_setting_of_the_sampler_is_an_option(folder, capsys, monkeypatch):
+    """The number of tokens a round alone, without unsetting the threshold that nobody gave."""
+    used = []
+
+    def record(self, input_ids, *, sampler, **options):
+        used.append(sampler)
+        return lm_generate(self, input_ids, sampler=sampler, **options)
+
+    monkeypatch.setattr(adapt.DiffusionLM, "generate", record)
+    settings = {"order": "left_to_right", "canvas_length": 2, "temperature": 0.5, "top_p": 0.5}
+    assert {*settings, "threshold", "tokens_per_step"} == set(SETTINGS)
+    for rule in ({"tokens_per_step": 1}, {"threshold": 0.5}):
+        given = [f"--sampler.{name}={value}" for name, value in (settings | rule).items()]
+        assert _run(capsys, folder, "--prompt", "The cat", "--max_new_tokens", "2", *given)[0] == 0
+        assert used[-1] == adapt.SamplerConfig(**(settings | rule))  # pyright: ignore[reportArgumentType]
+
+
 def test_a_chat_for_a_model_without_template_is_refused_in_one_line(diffusion_lm, monkeypatch):
     lm = diffusion_lm("qwen3", "prefix")
     monkeypatch.setattr(lm.tokenizer, "chat_template", None)
@@ -168,7 +186,10 @@ def test_on_a_terminal_a_round_is_drawn_over_the_last_one(diffusion_lm, monkeypa
         (["--prompt", "a", "--dtype", "float8"], "dtype=float8: choose one of"),
         (["--prompt", "a", "--adapter", "nowhere"], "adapter=nowhere: not a PEFT folder"),
         (["--prompt", "a", "--sampler.threshold", "2"], "sampler.threshold=2.0: must lie in (0, 1]"),
-        (["--prompt", "a", "--sampler.tokens_per_step", "2"], "set exactly one"),
+        (
+            ["--prompt", "a", "--sampler.tokens_per_step", "2", "--sampler.threshold", "0.5"],
+            "sampler.threshold=0.5 and sampler.tokens_per_step=2: are two rules for the same thing; give one of them",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(folder, capsys, arguments, said):
