@@ -1,5 +1,6 @@
 """Turns any pretrained causal language model into a diffusion language model. Table of contents, in reading order."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -26,12 +27,17 @@ _CONTENTS = {  # name -> the module that it lives in; imported on first use, so 
     "nelbo": "decoding.likelihood",
     "train": "training.train",
 }
-__all__ = sorted(_CONTENTS)
+_MODULES = ("noise", "objective")  # whose functions are public as adapt.noise.q_sample and the like
+__all__ = sorted([*_CONTENTS, *_MODULES])
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _CONTENTS:
         raise AttributeError(f"module 'adapt' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f".{_CONTENTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -10,62 +10,16 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from . import progress
 from .arguments import CommandParser
 from .decoding.rounds import GenerateOutput
 from .decoding.settings import SamplerConfig
-from .decoding.show import CanvasView
-from .lm import DiffusionLM, load
-from .tokens import left_padded, text_ids
-
-BLANK = re.compile(r" *\[\?(\d*)\]")  # a blank takes the place of " word": the space before it is part of its token
-
-_BLANK_MARK = "\ue000[?]\ue001"  # in private characters, so that a text may quote the mask token
-
-
-def write(
-    lm: DiffusionLM, prompts: list[str], max_new_tokens: int, sampler: SamplerConfig, seed: int, show: bool
-) -> tuple[list[str], GenerateOutput]:
-    """The continuations of the prompts, without special tokens, and the sampler's output."""
-    tokenizer: Any = lm.tokenizer
-    input_ids, attention_mask = left_padded(tokenizer, [text_ids(tokenizer, prompt) for prompt in prompts])
-    num_prompt = input_ids.shape[1]
-    output = lm.generate(
-        input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        generator=torch.Generator(lm.device).manual_seed(seed),
-        streamer=CanvasView(lm.tokenizer, lm.spec.mask_token_id, num_prompt) if show else None,
-    )
-    return lm.tokenizer.batch_decode(output.sequences[:, num_prompt:], skip_special_tokens=True), output
-
-
-def fill(lm: DiffusionLM, text: str, sampler: SamplerConfig, seed: int, show: bool) -> tuple[str, GenerateOutput]:
-    """The text with its blanks ([?] one token, [?n] n tokens) written."""
-    if not BLANK.search(text):
-        raise ValueError(f"infill={text!r}: has no blank; write [?] for one token, [?4] for four")
-    if _BLANK_MARK in text:
-        raise ValueError(f"infill={text!r}: holds {_BLANK_MARK!r}, which stands for a blank here; write [?]")
-    masked = BLANK.sub(lambda blank: _BLANK_MARK * int(blank.group(1) or 1), text)
-    ids = text_ids(lm.tokenizer, masked, blank=_BLANK_MARK)
-    if lm.spec.shift_logits and ids[0] == lm.spec.mask_token_id:
-        ids = [lm.start_token_id, *ids]
-    output = lm.infill(
-        torch.tensor([ids]),
-        sampler=sampler,
-        generator=torch.Generator(lm.device).manual_seed(seed),
-        streamer=CanvasView(lm.tokenizer, lm.spec.mask_token_id, 0) if show else None,
-    )
-    return str(lm.tokenizer.decode(output.sequences[0], skip_special_tokens=True)), output
+from .lm import load
+from .tokens import Chat, check_prompts
 
 
 def main(argv: list[str]) -> None:
@@ -101,34 +55,30 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             "give exactly one of --prompt, --prompts and --infill" + (f", not {' and '.join(given)}" if given else "")
         )
-    if arguments.batch_size < 1:
-        raise ValueError(f"batch_size={arguments.batch_size}: must be at least 1")
-    if arguments.prompt == "":
-        raise ValueError("prompt='': is empty; write at least one word to continue")
-    prompts = [arguments.prompt] if arguments.prompts is None else _prompts(arguments.prompts)
-    how = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device", "trust_remote_code")}
-    lm = load(arguments.checkpoint, **how)
+    prompts = [arguments.prompt or ""] if arguments.prompts is None else _prompts(arguments.prompts)
+    if arguments.infill is None:
+        check_prompts(prompts, arguments.batch_size)
+    loading = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device", "trust_remote_code")}
+    lm = load(arguments.checkpoint, **loading)
     started = time.perf_counter()
+    how = {"sampler": sampler, "seed": arguments.seed, "show": arguments.show}
     if arguments.infill is not None:
         with progress.handed_over() if arguments.show else progress.doing("writing"):
-            text, output = fill(lm, arguments.infill, sampler, arguments.seed, arguments.show)
-        print(text)
+            texts, output = lm.fill_one(arguments.infill, **how)
+        print(texts[0])
         return _figures([output], time.perf_counter() - started)
-    if arguments.chat:
-        render: Any = lm.tokenizer.apply_chat_template
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [render(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    outputs = []
+    asked: list[str | Chat] = [[{"role": "user", "content": p}] if arguments.chat else p for p in prompts]
+    how |= {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size}
+    outputs, unwritten = [], iter(prompts)
     with progress.handed_over() if arguments.show else progress.doing("writing", total=len(prompts)) as task:
-        for start in range(0, len(prompts), arguments.batch_size):
-            chunk = prompts[start : start + arguments.batch_size]
-            texts, output = write(lm, chunk, arguments.max_new_tokens, sampler, arguments.seed + start, arguments.show)
+        for texts, output in lm.write_batches(asked, **how):
             outputs.append(output)
-            for prompt, text in zip(chunk, texts, strict=True):
-                line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if arguments.prompts else text
+            for text in texts:
+                row = {"prompt": next(unwritten), "text": text}
+                line = json.dumps(row, ensure_ascii=False) if arguments.prompts else text
                 progress.say(line, file=sys.stdout)
             if task is not None:
-                task.update(len(chunk))
+                task.update(len(texts))
     return _figures(outputs, time.perf_counter() - started)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -20,13 +21,21 @@ from . import progress
 from .decoding.rounds import GenerateOutput
 from .decoding.sampler import generate, infill
 from .decoding.settings import SamplerConfig
+from .decoding.show import CanvasView
 from .files import adapters
 from .files.json_file import read_json
 from .files.model_folder import check_loaded, check_model_folder, check_no_code
 from .model.precision import DTYPES, default_dtype
 from .probe.probe import probe
 from .spec import DiffusionSpec
-from .tokens import start_token_id
+from .tokens import Chat, check_prompts, ids_with_blanks, left_padded, prompt_ids, start_token_id
+
+
+class Written(NamedTuple):
+    """Texts without special tokens, and what the sampler said of the batch."""
+
+    texts: list[str]
+    output: GenerateOutput
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,86 @@ class DiffusionLM:
     def infill(self, input_ids: Tensor, *, sampler: SamplerConfig | None = None, **options) -> GenerateOutput:
         """Fills the mask tokens of input_ids [B, L], wherever they are; see `decoding.sampler.infill`."""
         return infill(self, input_ids, sampler=sampler or SamplerConfig(), **options)
+
+    @overload
+    def write(self, prompts: str | Chat, **options: Any) -> str: ...
+    @overload
+    def write(self, prompts: Sequence[str] | Sequence[Chat], **options: Any) -> list[str]: ...
+    def write(
+        self, prompts: str | Chat | Sequence[str] | Sequence[Chat], *, max_new_tokens: int = 64, **options: Any
+    ) -> str | list[str]:
+        """What follows the prompt, or answers the chat ([{"role": "user", "content": "..."}]), as text; of many, a list.
+
+        options: sampler, batch_size, seed and show, as in `write_batches`.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+        many = cast("Sequence[str | Chat]", [prompts] if single else prompts)
+        batches = self.write_batches(many, max_new_tokens=max_new_tokens, **options)
+        texts = [text for batch in batches for text in batch.texts]
+        return texts[0] if single else texts
+
+    def write_batches(
+        self,
+        prompts: Sequence[str | Chat],
+        *,
+        max_new_tokens: int,
+        sampler: SamplerConfig | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        show: bool = False,
+    ) -> Iterator[Written]:
+        """`write` as an iterator over batches, with what each cost.
+
+        seed: for a temperature above 0. show: draw the refinement of the first row on standard error.
+        """
+        check_prompts(prompts, batch_size)
+        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        for start in range(0, len(rows), batch_size):
+            input_ids, attention_mask = left_padded(self.tokenizer, rows[start : start + batch_size])
+            num_prompt = input_ids.shape[1]
+            output = self.generate(
+                input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                sampler=sampler,
+                generator=torch.Generator(self.device).manual_seed(seed + start),
+                streamer=self._canvas_view(num_prompt) if show else None,
+            )
+            yield Written(self._texts(output.sequences[:, num_prompt:]), output)
+
+    @overload
+    def fill(self, texts: str, **options: Any) -> str: ...
+    @overload
+    def fill(self, texts: Sequence[str], **options: Any) -> list[str]: ...
+    def fill(self, texts: str | Sequence[str], **options: Any) -> str | list[str]:
+        """The text with its blanks written ("The [?] sat on the [?3].": one token, three tokens); of many, a list.
+
+        options: sampler, seed and show, as in `fill_one`.
+        """
+        each = [texts] if isinstance(texts, str) else texts
+        written = [self.fill_one(text, **options).texts[0] for text in each]
+        return written[0] if isinstance(texts, str) else written
+
+    def fill_one(
+        self, text: str, *, sampler: SamplerConfig | None = None, seed: int = 0, show: bool = False
+    ) -> Written:
+        """`fill` of one text, with what it cost."""
+        ids = ids_with_blanks(self.tokenizer, text)
+        if self.spec.shift_logits and ids[0] == self.spec.mask_token_id:
+            ids = [self.start_token_id, *ids]
+        output = self.infill(
+            torch.tensor([ids]),
+            sampler=sampler,
+            generator=torch.Generator(self.device).manual_seed(seed),
+            streamer=self._canvas_view(0) if show else None,
+        )
+        return Written(self._texts(output.sequences), output)
+
+    def _canvas_view(self, num_prompt: int) -> CanvasView:
+        return CanvasView(self.tokenizer, self.spec.mask_token_id, num_prompt)
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def load(

@@ -1,9 +1,10 @@
-"""Text to token ids and prompts to a batch: in a text the mask token's own string is text like any other."""
+"""Text, chats and texts with blanks to token ids, prompts to a batch: the mask token's own string is text like any other."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+Chat = list[dict[str, str]]
+"""messages: [{"role": "user", "content": "..."}]"""
+_BLANK = re.compile(r" *\[\?(\d*)\]")  # a blank takes the place of " word": the space before it is part of its token
+_BLANK_MARK = "\ue000[?]\ue001"  # in private characters, so that a text may quote the mask token
 
 
 def text_ids(tokenizer: Any, text: str, *, blank: str | None = None, **options: Any) -> list[int]:
@@ -50,6 +56,35 @@ def _with_another_name(tokenizer: Any, name: str | None) -> tuple[Any, int | Non
         renamed._tokenizer = Tokenizer.from_str(json.dumps(state))
         made[name] = renamed, None if name is None else renamed.backend_tokenizer.token_to_id(name)
     return made[name]
+
+
+def prompt_ids(tokenizer: Any, prompt: str | Chat) -> list[int]:
+    """Token ids of a prompt, or of a chat up to where the answer begins."""
+    if isinstance(prompt, str):
+        return text_ids(tokenizer, prompt)
+    if not tokenizer.chat_template:
+        raise ValueError("chat: the tokenizer of this checkpoint has no chat template; give the prompt as plain text")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return text_ids(tokenizer, text, add_special_tokens=False)  # as in training: a template has them all
+
+
+def check_prompts(prompts: Sequence[str | Chat], batch_size: int) -> None:
+    """ValueError for what can be refused before a model is there."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError(f"prompt={prompt!r}: is empty; write at least one word to continue")
+
+
+def ids_with_blanks(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text with mask tokens at its blanks: [?] one token, [?n] n tokens; ValueError where it has none."""
+    if not _BLANK.search(text):
+        raise ValueError(f"infill={text!r}: has no blank; write [?] for one token, [?4] for four")
+    if _BLANK_MARK in text:
+        raise ValueError(f"infill={text!r}: holds {_BLANK_MARK!r}, which stands for a blank here; write [?]")
+    masked = _BLANK.sub(lambda blank: _BLANK_MARK * int(blank.group(1) or 1), text)
+    return text_ids(tokenizer, masked, blank=_BLANK_MARK)
 
 
 def start_token_id(tokenizer: Any) -> int:

@@ -105,7 +105,7 @@ def decoding(setting: Setting) -> Iterator[Found]:
         folder = adapt.convert(base, setting.scratch / name, attention=name.split()[0], **options)
         lm = adapt.load(folder, dtype=dtype, device=setting.device)
         for count in per_forward:
-            sampler = adapt.SamplerConfig(threshold=None, tokens_per_step=count)
+            sampler = adapt.SamplerConfig(tokens_per_step=count)
             arms.append(speed.diffusion_arm(name, lm, prompts, sampler=sampler, **how))
     rows = speed.measure(
         arms, tokenizer=tokenizer, batch_sizes=(1, 8), repeats=1 if setting.tiny else 2, progress=False

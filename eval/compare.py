@@ -288,7 +288,7 @@ def main(argv: list[str]) -> int:
     add("--base_num_fewshot", type=int | None, default=None, help="examples in the original's prompt alone")
     add("--apply_chat_template", type=bool, default=False, help="prompts as chats, by each tokenizer's template")
     add("--batch_size", type=int, default=8, help="rows per batch when scoring quality")
-    add("--sampler", type=adapt.SamplerConfig, default=adapt.SamplerConfig(), help="of the adapted model")
+    parser.add_class_arguments(adapt.SamplerConfig, "sampler")
     add("--sweep", type=str, default="", help="more confidence thresholds for the quality-speed curve: 0.5,0.7")
     add("--mc_samples", type=int, default=32, help="Monte-Carlo samples per likelihood")
     add("--corpus", type=str | None, default=None, help="held-out text (.txt, .jsonl, .gz) for the likelihood section")

@@ -27,11 +27,12 @@ from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs,
 
 import adapt
 from adapt.decoding.likelihood import nelbo
+from adapt.decoding.settings import changed
 from adapt.progress import Task, doing
 from adapt.tokens import left_padded, text_ids
 
 from .measure.emitted import Stop, count_tokens, emitted_text, end_of_text_ids
-from .model_args import MODEL_ARGS, model_args_help
+from .model_args import MODEL_ARGS, SAMPLER_ARGS, model_args_help
 
 _logger = logging.getLogger(__name__)
 _HANDLED = {"do_sample", "max_gen_toks", "seed", "temperature", "top_p", "until"}
@@ -62,21 +63,20 @@ class AdaptLM(TemplateLM):
         batch_size: int | str = 1,
         max_length: int | None = None,
         max_new_tokens: int = 256,
-        threshold: float | None = None,
-        tokens_per_step: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
         sampler: adapt.SamplerConfig | None = None,
         mc_samples: int = 32,
         seed: int = 1234,
         greedy: str = "auto",
         progress: bool = True,
         chat_template_args: dict[str, Any] | None = None,
-        **unknown: Any,
+        **settings: Any,
     ) -> None:
-        """pretrained: a diffusion checkpoint, or one that is loaded. max_new_tokens: canvas where a task names none."""
+        """pretrained: a diffusion checkpoint, or one that is loaded. max_new_tokens: canvas where a task names none.
+
+        settings: of the sampler, one by one, before those of `sampler`.
+        """
         super().__init__()
-        if unknown:
+        if unknown := settings.keys() - SAMPLER_ARGS.keys():
             raise ValueError(
                 f"model_args: unknown {', '.join(sorted(unknown))}; `adapt lm_eval` knows {', '.join(sorted(MODEL_ARGS))}"
             )
@@ -91,12 +91,7 @@ class AdaptLM(TemplateLM):
             if isinstance(pretrained, str)
             else pretrained
         )
-        said = {"threshold": threshold, "tokens_per_step": tokens_per_step, "temperature": temperature, "top_p": top_p}
-        said = {k: v for k, v in said.items() if v is not None}
-        if ("tokens_per_step" in said) != ("threshold" in said):  # one replaces the other
-            said.setdefault("threshold", None)
-            said.setdefault("tokens_per_step", None)
-        self.sampler = dataclasses.replace(sampler or adapt.SamplerConfig(), **said)
+        self.sampler = changed(sampler or adapt.SamplerConfig(), **settings)
         self.tokenizer = self.lm.tokenizer
         self.batch_size = int(batch_size)
         self.max_new_tokens, self.mc_samples, self.seed, self.greedy = max_new_tokens, mc_samples, seed, greedy
@@ -323,7 +318,7 @@ class AdaptLM(TemplateLM):
 
     def _is_greedy(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[bool]:
         """Whether the one-token-per-step sampler writes each target on a canvas of its length."""
-        surest = dataclasses.replace(self.sampler, threshold=None, tokens_per_step=1, temperature=0.0, top_p=1.0)
+        surest = changed(self.sampler, tokens_per_step=1, temperature=0.0, top_p=1.0)
         by_length: dict[int, list[int]] = {}
         for i, (_context, target) in enumerate(pairs):
             by_length.setdefault(len(target), []).append(i)

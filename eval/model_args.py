@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from docstring_parser import parse_from_object
+
+from adapt.decoding.settings import SamplerConfig
+
+SAMPLER_ARGS = {
+    field.arg_name: " ".join((field.description or "").split()) for field in parse_from_object(SamplerConfig).params
+}
+"""Every setting of the sampler, as its docstring says it."""
 MODEL_ARGS = {
     "pretrained": "a diffusion checkpoint; needed",
     "adapter": "a LoRA folder on top of it",
@@ -11,10 +19,7 @@ MODEL_ARGS = {
     "batch_size": "requests in a forward; default 1",
     "max_length": "tokens of prompt and canvas; default: what the model has positions for",
     "max_new_tokens": "tokens of the canvas where a task names none; default 256",
-    "threshold": "keep guesses with at least this probability; default 0.9",
-    "tokens_per_step": "keep this many guesses a round instead",
-    "temperature": "default 0: the most likely token",
-    "top_p": "draw from the smallest set of tokens with this much probability; default 1",
+    **SAMPLER_ARGS,
     "mc_samples": "noised copies that a likelihood is estimated on; default 32",
     "seed": "of the masks and of drawn tokens; default 1234",
     "greedy": "always: compute is_greedy for multiple choice too; default auto",

@@ -112,8 +112,6 @@ def _batch() -> dict[str, torch.Tensor]:
 
 
 def _ours(lm, inputs, max_new_tokens=64, seed=None, do_sample=None, **sampler) -> torch.Tensor:
-    if "tokens_per_step" in sampler:
-        sampler["threshold"] = None
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     settings = SamplerConfig(**sampler)
     out = lm.generate(max_new_tokens=max_new_tokens, sampler=settings, generator=generator, **inputs)
@@ -268,7 +266,7 @@ def test_what_refinement_does_not_have_is_refused_in_one_line(loaded) -> None:
         ({"thresold": 0.3}, "thresold: .* threshold"),
         ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]: a diffusion model ends with one token"),
         ({"canvas_length": 0}, "sampler.canvas_length=0"),
-        ({"threshold": 0.5, "tokens_per_step": 2}, "set exactly one"),
+        ({"threshold": 0.5, "tokens_per_step": 2}, "are two rules for the same thing; give one"),
         ({"max_new_tokens": 1000}, "max_new_tokens=1000: with the prompt's 5 tokens"),
         ({"input_ids": None}, "input_ids: none given"),
     ]
@@ -475,7 +473,7 @@ def test_an_export_cut_short_or_out_of_disk_leaves_nothing(exported, tmp_path, m
 
 def test_the_sampler_given_at_export_is_what_the_export_decodes_with(exported, tmp_path) -> None:
     checkpoint, _ = exported("prefix")
-    settings = SamplerConfig(threshold=None, tokens_per_step=2, canvas_length=4, temperature=0.9, top_p=0.8)
+    settings = SamplerConfig(tokens_per_step=2, canvas_length=4, temperature=0.9, top_p=0.8)
     model = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "out", sampler=settings))
     inputs = {"input_ids": torch.tensor(PROMPTS[:1])}
     expected = _ours(adapt.load(checkpoint, device="cpu"), inputs, seed=1, **dataclasses.asdict(settings))

@@ -11,9 +11,8 @@ from transformers import AutoTokenizer
 
 import adapt
 from adapt.cli import main as cli
-from adapt.decoding.settings import SamplerConfig
+from adapt.decoding.settings import SETTINGS
 from adapt.decoding.show import CanvasView
-from adapt.generate import fill, write
 
 FIGURES = r"^\d+ tokens, \d+ forwards, \d+\.\d\d tokens per forward, [\d.]+ tokens/s$"
 
@@ -33,7 +32,7 @@ def test_a_prompt_is_continued_and_what_it_cost_is_said(folder, capsys):
     code, out, err = _run(capsys, folder, "--prompt", "The cat", "--max_new_tokens", "8", "--show")
     assert code == 0
     lm = adapt.load(folder, device="cpu")
-    assert out.rstrip("\n") == write(lm, ["The cat"], 8, SamplerConfig(), 0, False)[0][0].rstrip("\n")
+    assert out.rstrip("\n") == lm.write("The cat", max_new_tokens=8).rstrip("\n")
     lines = err.strip().splitlines()
     assert re.match(FIGURES, lines[-1])
     assert int(re.findall(r"\d+", lines[-1])[1]) == err.count("round ")
@@ -74,7 +73,7 @@ def test_a_blank_takes_the_place_of_the_space_before_it(diffusion_lm, monkeypatc
         type(lm), "infill", lambda self, ids, **_: seen.append(ids[0].tolist()) or lm_infill(self, ids, **_)
     )
     for text in ("The [?] sat [?2]", "[?] cat", "a[?]b"):
-        fill(lm, text, SamplerConfig(), 0, False)
+        lm.fill(text)
     mask, encode = VOCABULARY, lambda text: lm.tokenizer.encode(text, add_special_tokens=False)
     start = [lm.tokenizer.bos_token_id] if shift else []
     assert seen == [
@@ -90,13 +89,65 @@ lm_infill = adapt.DiffusionLM.infill
 def test_a_chat_prompt_goes_through_the_template(folder, capsys, monkeypatch):
     prompts = []
 
-    def record(lm, chunk, *_):
-        prompts.extend(chunk)
-        return write(lm, chunk, 2, SamplerConfig(), 0, False)
+    def record(self, input_ids, **options):
+        prompts.append(self.tokenizer.decode(input_ids[0]))
+        return lm_generate(self, input_ids, **options)
 
-    monkeypatch.setattr("adapt.generate.write", record)
-    assert _run(capsys, folder, "--prompt", "Hello", "--chat", "true")[0] == 0
-    assert prompts == ["<|user|>Hello<|endoftext|><|assistant|>"]
+    monkeypatch.setattr(adapt.DiffusionLM, "generate", record)
+    assert _run(capsys, folder, "--prompt", "Hello", "--chat", "true", "--max_new_tokens", "2")[0] == 0
+    adapt.load(folder, device="cpu").write([{"role": "user", "content": "Hello"}], max_new_tokens=2)
+    assert prompts == ["<|user|>Hello<|endoftext|><|assistant|>"] * 2
+
+
+lm_generate = adapt.DiffusionLM.generate
+
+
+def test_text_in_text_out_for_one_prompt_and_for_many(diffusion_lm):
+    lm = diffusion_lm("qwen3", "prefix")
+    prompts = ["The cat", "One, two and", "The dog sat on the"]
+    one_by_one = [lm.write(prompt, max_new_tokens=6) for prompt in prompts]
+    assert all(isinstance(text, str) for text in one_by_one)
+    assert lm.write(prompts, max_new_tokens=6, batch_size=2) == one_by_one
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert lm.write(chats, max_new_tokens=2) == [lm.write(chat, max_new_tokens=2) for chat in chats]
+    assert lm.write([]) == []
+    texts = ["The [?] sat", "[?2] cat"]
+    assert lm.fill(texts) == [lm.fill(text) for text in texts]
+    assert re.fullmatch(r"(?s)The.* sat", lm.fill(texts[0]))
+    with pytest.raises(ValueError, match="prompt='': is empty"):
+        lm.write(["The cat", ""])
+
+
+def test_every_setting_of_the_sampler_is_an_option(folder, capsys, monkeypatch):
+    """The number of tokens a round alone, without unsetting the threshold that nobody gave."""
+    used = []
+
+    def record(self, input_ids, *, sampler, **options):
+        used.append(sampler)
+        return lm_generate(self, input_ids, sampler=sampler, **options)
+
+    monkeypatch.setattr(adapt.DiffusionLM, "generate", record)
+    settings = {"order": "left_to_right", "canvas_length": 2, "temperature": 0.5, "top_p": 0.5}
+    assert {*settings, "threshold", "tokens_per_step"} == set(SETTINGS)
+    for rule in ({"tokens_per_step": 1}, {"threshold": 0.5}):
+        given = [f"--sampler.{name}={value}" for name, value in (settings | rule).items()]
+        assert _run(capsys, folder, "--prompt", "The cat", "--max_new_tokens", "2", *given)[0] == 0
+        assert used[-1] == adapt.SamplerConfig(**(settings | rule))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_chat_for_a_model_without_template_is_refused_in_one_line(diffusion_lm, monkeypatch):
+    lm = diffusion_lm("qwen3", "prefix")
+    monkeypatch.setattr(lm.tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="has no chat template; give the prompt as plain text"):
+        lm.write([{"role": "user", "content": "Hello"}])
+
+
+def test_the_package_lists_what_is_public():
+    assert {"DiffusionLM", "SamplerConfig", "convert", "load", "noise", "train"} <= set(dir(adapt))
+    for name in dir(adapt):
+        assert getattr(adapt, name) is not None, name
+    assert {"TYPE_CHECKING", "import_module"} & set(dir(adapt)) == set()
+    assert adapt.noise.alpha(0.25) == 0.75
 
 
 def test_on_a_terminal_a_round_is_drawn_over_the_last_one(diffusion_lm, monkeypatch):
@@ -135,7 +186,10 @@ def test_on_a_terminal_a_round_is_drawn_over_the_last_one(diffusion_lm, monkeypa
         (["--prompt", "a", "--dtype", "float8"], "dtype=float8: choose one of"),
         (["--prompt", "a", "--adapter", "nowhere"], "adapter=nowhere: not a PEFT folder"),
         (["--prompt", "a", "--sampler.threshold", "2"], "sampler.threshold=2.0: must lie in (0, 1]"),
-        (["--prompt", "a", "--sampler.tokens_per_step", "2"], "set exactly one"),
+        (
+            ["--prompt", "a", "--sampler.tokens_per_step", "2", "--sampler.threshold", "0.5"],
+            "sampler.threshold=0.5 and sampler.tokens_per_step=2: are two rules for the same thing; give one of them",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(folder, capsys, arguments, said):

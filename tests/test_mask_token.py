@@ -142,10 +142,8 @@ def test_blanks_become_the_mask_token_beside_its_quoted_string():
     assert tokenizer.decode(ids) == "The <|mask|> sat on <|mask|> the<|mask|><|mask|>."
 
 
-def test_no_command_reads_a_blank_out_of_a_prompt_or_a_document(checkpoint_folder, tmp_path):
+def test_no_command_reads_a_blank_out_of_a_prompt_or_a_document(checkpoint_folder, tmp_path, monkeypatch):
     """Training data, prompts, lm-eval's contexts, held-out text: none has a mask token; infilling has its blanks only."""
-    from adapt.decoding.settings import SamplerConfig
-    from adapt.generate import fill, write
     from adapt.training.data.examples import load_examples
     from adapt.training.recipe import DataConfig
     from adapt_eval.lm import AdaptLM
@@ -167,20 +165,17 @@ def test_no_command_reads_a_blank_out_of_a_prompt_or_a_document(checkpoint_folde
 
     seen: list[torch.Tensor] = []
 
-    class Spy:
-        model, tokenizer, spec, device, start_token_id = lm.model, lm.tokenizer, lm.spec, lm.device, lm.start_token_id
+    for name in ("generate", "infill"):
+        plain = getattr(adapt.DiffusionLM, name)
 
-        def generate(self, input_ids, **options):
+        def spy(self, input_ids, *, plain=plain, **options):
             seen.append(input_ids)
-            return lm.generate(input_ids, **options)
+            return plain(self, input_ids, **options)
 
-        def infill(self, input_ids, **options):
-            seen.append(input_ids)
-            return lm.infill(input_ids, **options)
-
-    write(Spy(), [quoted, "One"], 2, SamplerConfig(), 0, False)  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr(adapt.DiffusionLM, name, spy)
+    lm.write([quoted, "One"], max_new_tokens=2)
     assert mask not in seen.pop()
-    text, _ = fill(Spy(), f"{quoted} [?2] on", SamplerConfig(), 0, False)  # pyright: ignore[reportArgumentType]
+    text = lm.fill(f"{quoted} [?2] on")
     assert (seen.pop() == mask).sum() == 2
     assert text.startswith(quoted)
 

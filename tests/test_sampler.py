@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from adapt.attention.layout import Layout
 from adapt.decoding import rounds
 from adapt.decoding.sampler import generate, infill
-from adapt.decoding.settings import SamplerConfig
+from adapt.decoding.settings import SamplerConfig, changed
 from adapt.lm import DiffusionLM
 from adapt.model.forward import hidden_states
 from adapt.model.head import output_head
@@ -108,7 +108,7 @@ def _reference(lm: DiffusionLM, prompt: list[int], config: SamplerConfig) -> tup
 def test_a_batch_writes_what_an_uncached_loop_writes_for_each_prompt_alone(diffusion_lm, kind, attention, shift):
     lm = diffusion_lm(kind, attention, shift)
     ids, attention_mask = _padded(PROMPTS)
-    surest_first, all_at_once = SamplerConfig(threshold=None, tokens_per_step=1), SamplerConfig(threshold=1e-6)
+    surest_first, all_at_once = SamplerConfig(tokens_per_step=1), SamplerConfig(threshold=1e-6)
     first = _reference(lm, PROMPTS[0], surest_first)[0]
     # Rows end, and leave the batch, at different rounds.
     endings = [lm, _with_end(lm, first[5]), _with_end(lm, first[0])]
@@ -116,13 +116,13 @@ def test_a_batch_writes_what_an_uncached_loop_writes_for_each_prompt_alone(diffu
         surest_first,
         all_at_once,
         SamplerConfig(threshold=0.5),
-        SamplerConfig(threshold=None, tokens_per_step=4),
+        SamplerConfig(tokens_per_step=4),
         SamplerConfig(threshold=0.3, order="left_to_right"),
-        SamplerConfig(threshold=None, tokens_per_step=2, order="left_to_right"),
+        SamplerConfig(tokens_per_step=2, order="left_to_right"),
     ]
     if attention == "prefix":  # the canvas moves along, at another pace in each row
         configs += [SamplerConfig(threshold=0.4, canvas_length=4), SamplerConfig(threshold=0.4, canvas_length=1)]
-        configs += [SamplerConfig(threshold=None, tokens_per_step=2, canvas_length=3)]
+        configs += [SamplerConfig(tokens_per_step=2, canvas_length=3)]
     for config in configs:
         for ending in endings:
             expected = [_reference(ending, prompt, config) for prompt in PROMPTS]
@@ -164,13 +164,13 @@ def test_nfe_counts_every_forward_and_k_tokens_a_step_take_the_canvas_over_k(dif
     try:
         for k in (1, 2, 4, 100):
             calls.clear()
-            config = SamplerConfig(threshold=None, tokens_per_step=k)
+            config = SamplerConfig(tokens_per_step=k)
             out = lm.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=CANVAS, sampler=config)
             assert out.nfe == len(calls) == math.ceil(CANVAS / k)
         calls.clear()
         out = lm.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=CANVAS, sampler=SamplerConfig(threshold=1.0))
         one_by_one = lm.generate(
-            torch.tensor([PROMPTS[0]]), max_new_tokens=CANVAS, sampler=SamplerConfig(threshold=None, tokens_per_step=1)
+            torch.tensor([PROMPTS[0]]), max_new_tokens=CANVAS, sampler=SamplerConfig(tokens_per_step=1)
         )
         assert torch.equal(out.sequences, one_by_one.sequences)
         assert (out.nfe, out.tpf) == (one_by_one.nfe, CANVAS / one_by_one.nfe)
@@ -258,7 +258,7 @@ def test_a_prompt_that_holds_the_mask_token_is_left_alone(diffusion_lm):
 def test_stop_sees_the_settled_tokens_from_the_left_and_ends_its_row_only(diffusion_lm):
     lm = diffusion_lm("llama", "prefix")
     prompts = torch.tensor([PROMPTS[2], PROMPTS[0][:4]])
-    config = SamplerConfig(threshold=None, tokens_per_step=1)
+    config = SamplerConfig(tokens_per_step=1)
     free = lm.generate(prompts, max_new_tokens=CANVAS, sampler=config)
     asked: list[list[int]] = []
     wanted = free.sequences[0, 4:].tolist()[:3]
@@ -285,7 +285,7 @@ def test_infill_fills_every_blank_and_nothing_else(diffusion_lm, attention, shif
     text = [5, mask, 17, 33, mask, mask, 9, 0, mask, 41]
     short = [61, 62, mask, 64]
     ids, attention_mask = _padded([text, short])
-    config = SamplerConfig(threshold=None, tokens_per_step=1)
+    config = SamplerConfig(tokens_per_step=1)
     out = lm.infill(ids, attention_mask=attention_mask, sampler=config)
     assert mask not in out.sequences
     assert torch.equal(out.sequences[ids != mask], ids[ids != mask])
@@ -340,11 +340,15 @@ def test_a_blank_is_filled_in_sight_of_what_follows_it(diffusion_lm):
             "must be padded on the left",
         ),
         (
-            lambda lm: SamplerConfig(tokens_per_step=2),
-            "sampler.threshold=0.9 and sampler.tokens_per_step=2: set exactly one",
+            lambda lm: SamplerConfig(threshold=0.9, tokens_per_step=2),
+            "sampler.threshold=0.9 and sampler.tokens_per_step=2: are two rules for the same thing; give one",
+        ),
+        (
+            lambda lm: SamplerConfig(threshold="0.9"),  # pyright: ignore[reportArgumentType]
+            "sampler.threshold='0.9': must be a number",
         ),
         (lambda lm: SamplerConfig(threshold=1.5), "sampler.threshold=1.5: must lie in (0, 1]"),
-        (lambda lm: SamplerConfig(threshold=None, tokens_per_step=0), "sampler.tokens_per_step=0: must be at least 1"),
+        (lambda lm: SamplerConfig(tokens_per_step=0), "sampler.tokens_per_step=0: must be at least 1"),
         (lambda lm: SamplerConfig(order="random"), "sampler.order=random: choose one of confidence, left_to_right"),
         (lambda lm: SamplerConfig(canvas_length=0), "sampler.canvas_length=0: must be at least 1"),
         (
@@ -373,7 +377,7 @@ def test_a_model_of_uniform_noise_sees_random_tokens_at_its_blanks_and_never_the
 
     monkeypatch.setattr(rounds, "hidden_states", recorded)
     ids, attention_mask = _padded(PROMPTS)
-    config = SamplerConfig(threshold=None, tokens_per_step=1)
+    config = SamplerConfig(tokens_per_step=1)
     options = {"attention_mask": attention_mask, "max_new_tokens": CANVAS, "sampler": config}
     out = generate(_with_end(lm, 299), ids, **options)
     assert not any((tokens == lm.spec.mask_token_id).any() for tokens in seen)
@@ -381,3 +385,16 @@ def test_a_model_of_uniform_noise_sees_random_tokens_at_its_blanks_and_never_the
     assert (out.sequences != lm.spec.mask_token_id).all()
     again = generate(_with_end(lm, 299), ids, **options)
     assert torch.equal(again.sequences, out.sequences)
+
+
+def test_the_rule_that_is_given_replaces_the_other():
+    default, fixed = SamplerConfig(), SamplerConfig(tokens_per_step=2)
+    assert (default.threshold, default.tokens_per_step) == (0.9, None)
+    assert (fixed.threshold, fixed.tokens_per_step) == (None, 2)
+    assert changed(default, tokens_per_step=2, threshold=None) == fixed
+    assert changed(fixed, threshold=0.9) == default
+    assert changed(fixed, top_p=0.5).tokens_per_step == 2
+    for sampler in (default, fixed):
+        assert SamplerConfig(**dataclasses.asdict(sampler)) == sampler
+    with pytest.raises(ValueError, match="are two rules for the same thing"):
+        changed(default, threshold=0.5, tokens_per_step=2)

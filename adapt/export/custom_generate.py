@@ -28,12 +28,12 @@ from ..decoding.decoder import Decoder
 from ..decoding.rounds import GenerateOutput
 from ..decoding.sampler import generate as write_after
 from ..decoding.sampler import infill as fill_blanks
+from ..decoding.settings import SETTINGS as SAMPLER_SETTINGS
 from ..decoding.settings import SamplerConfig
 from ..probe.probe import probe
 from ..spec import DiffusionSpec
 
-_SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
-_SETTINGS = {*_SAMPLER, "do_sample", "eos_token_id", "max_length", "max_new_tokens", "pad_token_id"}
+_SETTINGS = {*SAMPLER_SETTINGS, "do_sample", "eos_token_id", "max_length", "max_new_tokens", "pad_token_id"}
 _SETTINGS |= {"return_dict_in_generate", "vocabulary_size"}
 _INPUTS = {"attention_mask", "generator", "infill", "input_ids", "seed"}
 # What tokenizers and transformers hand over as well, and what makes no difference here.
@@ -105,9 +105,7 @@ def _settings(given: dict[str, Any], configs: list[dict[str, Any]]) -> dict[str,
 
 
 def _sampler(settings: dict[str, Any]) -> SamplerConfig:
-    chosen = {name: settings[name] for name in _SAMPLER if name in settings}
-    if "tokens_per_step" in chosen:
-        chosen.setdefault("threshold", None)
+    chosen = {name: settings[name] for name in SAMPLER_SETTINGS if name in settings}
     if not settings.get("do_sample"):
         chosen |= {"temperature": 0.0, "top_p": 1.0}
     else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from adapt.decoding.settings import changed
 
 from ..arms import Prompts, speed_arm
 from ..lm import AdaptLM
@@ -40,7 +41,7 @@ def sweep_point(
     row = primary(report)
     if row is None or not report["speed"]:
         return []
-    sampler = dataclasses.replace(lm.sampler, threshold=threshold, tokens_per_step=None)
+    sampler = changed(lm.sampler, threshold=threshold)
     at = AdaptLM(
         lm.lm, batch_size=lm.batch_size, sampler=sampler, mc_samples=lm.mc_samples, seed=lm.seed, progress=progress
     )

@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
+from adapt.decoding.settings import SETTINGS
 from adapt_eval import lm as lm_module
 from adapt_eval.lm import AdaptLM, main
 from adapt_eval.model_args import MODEL_ARGS
@@ -115,7 +116,7 @@ def test_a_likelihood_of_one_token_is_exact(model, loaded):
     prompt, target = loaded.tokenizer.encode("word:"), loaded.tokenizer.encode("A")[0]
     exact = adapt.nelbo(loaded, [prompt], [[target]], num_samples=1)[0].nats
     ids = torch.tensor([prompt])
-    out = loaded.generate(ids, max_new_tokens=1, sampler=adapt.SamplerConfig(threshold=None, tokens_per_step=1))
+    out = loaded.generate(ids, max_new_tokens=1, sampler=adapt.SamplerConfig(tokens_per_step=1))
     assert answer[0] == pytest.approx(-exact, abs=1e-5)
     assert answer[1] == (out.sequences[0, -1].item() == target)
 
@@ -131,7 +132,7 @@ def test_likelihoods_depend_neither_on_order_nor_on_batching(loaded):
 
 
 def test_is_greedy_is_whether_the_sampler_writes_the_continuation(model, loaded, monkeypatch):
-    surest = adapt.SamplerConfig(threshold=None, tokens_per_step=1)
+    surest = adapt.SamplerConfig(tokens_per_step=1)
     pairs = []
     for context in CONTEXTS:
         ids = torch.tensor([loaded.tokenizer.encode(context)])
@@ -199,6 +200,15 @@ def test_one_sampler_setting_replaces_the_other(loaded):
     )
 
 
+def test_every_setting_of_the_sampler_is_a_model_arg(arms):
+    headline = "threshold=0.95,order=left_to_right,canvas_length=8"  # the quickstart's
+    sampler = AdaptLM.create_from_arg_string(f"pretrained={arms.adapted},device=cpu,{headline}").sampler
+    assert sampler == adapt.SamplerConfig(threshold=0.95, order="left_to_right", canvas_length=8)
+    others = "tokens_per_step=2,temperature=0.5,top_p=0.9"
+    sampler = AdaptLM.create_from_arg_string(f"pretrained={arms.adapted},device=cpu,{others}").sampler
+    assert sampler == adapt.SamplerConfig(tokens_per_step=2, temperature=0.5, top_p=0.9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [({"thresold": 0.9}, "model_args: unknown thresold"), ({"batch_size": "auto"}, "batch_size=auto"),
@@ -210,13 +220,14 @@ def test_bad_model_args_are_refused_by_name(loaded, arguments, says):
 
 
 def test_help_ends_with_every_model_arg_that_a_command_line_can_give(capsys):
-    takes = inspect.signature(AdaptLM).parameters.keys() - {"sampler", "unknown"}
+    takes = inspect.signature(AdaptLM).parameters.keys() - {"sampler", "settings"} | set(SETTINGS)
     assert MODEL_ARGS.keys() == takes
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     lm_evals, ours = capsys.readouterr().out.split("--model_args of --model adapt")
     assert (left.value.code, "run" in lm_evals) == (0, True)
     assert all(f"  {name} " in ours for name in takes)
+    assert "keep this many most confident guesses a round instead" in ours
 
 
 def test_model_args_come_before_lm_evals_own_options(arms):
@@ -233,7 +244,8 @@ def test_a_canvas_without_room_for_a_prompt_is_refused(loaded):
 
 @pytest.mark.filterwarnings("default")  # lm-eval's own
 def test_lm_evals_command_line_runs_a_task_with_our_model(arms, capsys):
-    arguments = f"pretrained={arms.adapted},mc_samples=2,threshold=0.5,batch_size=2"  # --device is cuda:0 by default
+    sampler = "threshold=0.95,order=left_to_right,canvas_length=8"  # the quickstart's
+    arguments = f"pretrained={arms.adapted},mc_samples=2,{sampler},batch_size=2"  # --device is cuda:0 by default
     main(["--model", "adapt", "--model_args", arguments, "--include_path", str(arms.tasks),
           "--tasks", "tiny_shout,tiny_last", "--limit", "3"])  # fmt: skip
     table = capsys.readouterr().out

@@ -128,7 +128,7 @@ def test_an_autoregressive_row_ends_at_its_stop_while_the_others_go_on(base):
 def test_a_diffusion_arm_writes_what_the_model_writes_and_counts_its_forwards(arms):
     lm = adapt.load(arms.adapted, device="cpu")
     prompts = [lm.tokenizer.encode("hello:")]
-    sampler = adapt.SamplerConfig(threshold=None, tokens_per_step=2)
+    sampler = adapt.SamplerConfig(tokens_per_step=2)
     arm = writers.diffusion_arm("adapted", lm, prompts, sampler=sampler, until=[], eos_ids=[], max_new_tokens=8)
     written = arm.write(prompts)
     out = lm.generate(torch.tensor(prompts), max_new_tokens=8, sampler=sampler)
