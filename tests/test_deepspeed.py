@@ -29,7 +29,7 @@ from training_fixtures import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt.training import train
-from adapt.training.interruption import Terminated
+from adapt.training.interruption import Interrupted
 from adapt.training.recipe import parse_recipe
 
 pytestmark = pytest.mark.distributed
@@ -135,7 +135,7 @@ def test_the_command_leaves_no_process_group_whose_threads_could_abort_the_exit(
     def stands_for_training(recipe) -> Path:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if terminated:
-            raise Terminated("SIGTERM: saved")
+            raise Interrupted(signal.SIGTERM, step=3)
         return folder / "model"
 
     monkeypatch.setattr(train, "train", stands_for_training)

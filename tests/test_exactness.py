@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from training_fixtures import at_step, losses, metrics, recipe_argv, train_ranks, write_base, write_pairs
 
-from adapt.training import train
+from adapt import cli
+from adapt.training import train, trainer
 from adapt.training.checkpoints.seal import data_files
 from adapt.training.engine import arguments as engine
 from adapt.training.engine import build_locks
@@ -403,13 +405,49 @@ def test_sigterm_saves_on_all_ranks_alike_and_a_restart_goes_on(
     codes, said = launch("out", ranks, at_step(5, (ranks - 1,), TERMINATED), **settings)
     assert codes == [143] * ranks, said
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
-    assert said.count(f"adapt train: SIGTERM: {checkpoint} is saved; start the same command again") == 1
+    assert said.count(f"adapt train: SIGTERM: saved step {checkpoint.name[11:]}; the same command goes on\n") == 1
     assert "Traceback" not in said
     codes, said = launch("out", ranks, **settings)
     assert codes == [0] * ranks, said
     assert f"from step {checkpoint.name.split('-')[1]} " in said
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     assert equal(weights(tmp_path / "out" / "model"), weights(tmp_path / "whole" / "model"))
+
+
+def ctrl_c_in_step(step: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    real = trainer.DiffusionTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.DiffusionTrainer, "compute_loss", interrupted)
+
+
+def test_ctrl_c_saves_the_step_in_one_line_and_the_same_command_goes_on(
+    argv, run, tmp_path, monkeypatch, capsys
+) -> None:
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        ctrl_c_in_step(3, patch)
+        assert cli.main(["train", *argv("out")]) == 130
+    assert capsys.readouterr().err.endswith("\nadapt train: saved step 3; the same command goes on\n")
+    assert cli.main(["train", *argv("out")]) == 0
+    assert "from step 3 " in capsys.readouterr().err
+    assert losses(tmp_path / "out") == losses(whole)
+    assert equal(weights(tmp_path / "out" / "model"), weights(whole / "model"))
+
+
+def test_a_second_ctrl_c_ends_at_once(argv, tmp_path, monkeypatch, capfd) -> None:
+    ctrl_c_in_step(3, monkeypatch, times=2)
+    assert cli.main(["train", *argv("out")]) == 130
+    said = capfd.readouterr().err
+    assert "adapt train: saves after this step; Ctrl-C again ends at once\n" in said
+    assert said.endswith("\nadapt train: error: interrupted\n")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- what ran

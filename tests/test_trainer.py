@@ -261,7 +261,7 @@ def test_resuming_where_logs_and_checkpoints_fall_apart_gives_the_same_curve(run
 HOLDING = """
 import pathlib, time
 from adapt.training.checkpoints import resume
-with resume.hold(pathlib.Path(argv[0])):
+with resume.run_lock(pathlib.Path(argv[0])):
     print("held", flush=True)
     time.sleep(3600)
 """

@@ -1,26 +1,96 @@
-"""What ends a run from outside: SIGTERM, a full disk, another rank's death."""
+"""What ends a run from outside: SIGTERM, Ctrl-C, a full disk, another rank's death."""
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import TrainerCallback
 
 from ..files.staging import is_full_disk
 from .checkpoints.resume import whole_checkpoints
 
 
-class Terminated(Exception):
-    """SIGTERM came and a checkpoint was saved; the command exits with 143."""
+class Interrupted(Exception):
+    """A signal came and a checkpoint was saved; the command exits with 128 + signal: 143 after SIGTERM, 130 after Ctrl-C."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        why = "" if signum == signal.SIGINT else f"{signal.Signals(signum).name}: "
+        super().__init__(f"{why}saved step {step}; the same command goes on")
+        self.exit_code = 128 + signum
+
+
+class StopRequest(TrainerCallback):
+    """SIGTERM or Ctrl-C to any rank: all of them save after the same step, and stop.
+
+    The ranks learn of it by the sum that a step begins with anyway, so it costs no further synchronisation.
+    """
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self.device, self.world_size = device, world_size
+        self.signum: int | None = None
+        """the first signal that came to this rank"""
+        self.stopped = False
+        self._num_requests: Tensor | None = None
+        self._copied: Any = None
+
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Inside, a signal is noted; a second Ctrl-C ends at once. Torch's launchers and Slurm send SIGTERM more than once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if signum == signal.SIGINT and self.signum is None and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nadapt train: saves after this step; Ctrl-C again ends at once\n")  # print is not reentrant
+        self.signum = self.signum or signum
+
+    def stop_requested(self) -> Tensor:
+        """[1] for the sum over ranks that a step begins with: 1 if a signal has come to this one."""
+        return torch.full(
+            (1,), int(self.signum is not None), device=self.device
+        )  # filled there: a copy would be waited for
+
+    def share_stop_request(self, num_requests: Tensor) -> None:
+        """What came of that sum, []; copied to the host behind the device's back, and read at the end of the step."""
+        self._num_requests = num_requests.to("cpu", non_blocking=True)
+        if self.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()  # recorded before the step's forward pass: the device is long past it
+        if self.signum is not None if self.world_size == 1 else bool(self._num_requests):
+            self.stopped = True
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    def raise_if_stopped(self, step: int) -> None:
+        if self.stopped:
+            raise Interrupted(self.signum or signal.SIGTERM, step)
 
 
 def start_worker(init: Callable[[int], None] | None, worker: int) -> None:
-    """A loader process outlives a SIGTERM to the whole group: the step in progress needs its rows."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A loader process outlives a signal to the whole group: the step in progress needs its rows."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
     if init is not None:
         init(worker)
 

@@ -29,7 +29,7 @@ _FREE = {
 
 
 @contextmanager
-def hold(output_dir: Path) -> Iterator[None]:
+def run_lock(output_dir: Path) -> Iterator[None]:
     """Inside, no other process may train in this folder, which is made if need be; ValueError while another one does.
 
     The lock ends with the process, however that ends, and is not handed on to loader workers.
