@@ -17,6 +17,7 @@ from training_fixtures import DIES, at_step, losses, metrics, recipe_argv, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
+from adapt import cli
 from adapt.attention.layout import Layout
 from adapt.training import train, trainer
 from adapt.training.recipe import parse_recipe
@@ -206,8 +207,6 @@ def test_tensorboard_events_hold_the_losses(run) -> None:
 
 
 def test_console_is_a_summary_a_bar_with_eta_and_the_result(base, pairs, tmp_path, capsys) -> None:
-    from adapt import cli
-
     assert cli.main(["train", *recipe_argv(base, pairs, tmp_path / "out")]) == 0
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     ours = [line for line in lines if line.strip() and not line.startswith(("tokenise", "Generating"))]
@@ -308,6 +307,23 @@ def test_another_run_does_not_go_on_from_a_checkpoint(run, change, message) -> N
         run(**change)
     assert len(list((out / "checkpoints").iterdir())) == 2
     assert len(losses(out)) == 6
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_ends_well(base, pairs, tmp_path, run, capsys) -> None:
+    out = run(training__precision="auto")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    argv = recipe_argv(base, pairs, out, training__precision="auto")
+    assert cli.main(["train", *argv]) == 0
+    line = f"adapt train: {out}: is finished (model/, 6 steps); choose another training.output_dir to train anew\n"
+    assert line in capsys.readouterr().err
+    for change, message in {
+        "--training.num_steps=7": "training.num_steps=7: the run in .* is finished .model/. and had num_steps=6; choose another",
+        "--training.seed=1": "training.seed=1: the run in .* was started with 0",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            train.train(parse_recipe([*argv, change]))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_a_run_that_goes_on_to_another_length_says_so_and_not_to_one_that_it_is_past(run, capsys) -> None:

@@ -32,6 +32,7 @@ from .checkpoints.reshard import read_on_any_ranks
 from .checkpoints.resume import (
     begun_precision,
     check_not_past,
+    finished_run,
     newest_checkpoint,
     remove_unfinished,
     run_lock,
@@ -65,14 +66,10 @@ def train(recipe: Recipe) -> Path:
     """
     output_dir = Path(recipe.training.output_dir)
     # 1. Everything that can be refused cheaply.
-    final = output_dir / "model"
-    if final.exists():
-        raise ValueError(
-            f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder, with model.base={final} to go on "
-            "from it, or remove it"
-        )
-    check_base(recipe)
     recipe = _with_precision(recipe)
+    if finished := finished_run(recipe):
+        return finished
+    check_base(recipe)
     what = (
         "preparing torch" if recipe.training.deepspeed is None else "starting DeepSpeed (its operators are built once)"
     )
