@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_fixtures import DIES, at_step, losses, metrics, recipe_argv, write_base, write_pairs
+from training_fixtures import DIES, at_step, losses, metrics, recipe_argv, stored, write_base, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
@@ -129,6 +129,8 @@ def test_final_folder_is_a_diffusion_checkpoint_that_transformers_loads(run, bas
     assert ours_says == base_says | {"mask_token_id": lm.spec.mask_token_id}
     assert (lm.spec.attention, lm.spec.mask_token_id) == ("prefix", lm.tokenizer.mask_token_id)
     assert lm.spec.base_model == str(base)
+    if precision == "fp32":
+        assert stored(folder) == stored(folder.parent / "converted")
     moved = (
         lm.model.get_input_embeddings().weight
         - adapt.load(folder.parent / "converted", device="cpu").model.get_input_embeddings().weight
@@ -159,6 +161,7 @@ def test_lora_leaves_an_adapter_and_a_merged_model_with_the_same_logits(run, pre
     assert rows.any(1).nonzero().flatten().tolist() == [mask]
     assert {name.split(".")[-2] for name in moved} >= {"q_proj", "v_proj", "down_proj", "embed_tokens"}
     assert "model.norm.weight" not in moved
+    assert stored(out / "model").keys() == stored(out / "converted").keys()
 
 
 def test_control_arm_stays_a_plain_causal_lm(run, base: Path, pairs: Path) -> None:

@@ -25,7 +25,7 @@ from .. import progress
 from ..attention.layout import Layout
 from ..objective import ROWS_PER_GATHER, diffusion_loss
 from .bad_steps import StepGuard
-from .checkpoints.save import sealed_checkpoint
+from .checkpoints.save import sealed_checkpoint, without_ties
 from .data.batch import Batch, PackedRows, collate
 from .data.views import Canvases
 from .interruption import StopRequest, start_worker
@@ -173,6 +173,9 @@ class DiffusionTrainer(Trainer):
             if not (self.is_ar or self.recipe.noise.kind == "absorbing"):
                 del logs["mask_ratio"]  # all tokens are predicted, noised or not
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, None if state_dict is None else without_ties(self.model, state_dict))
 
     def _get_output_dir(self, trial) -> str:
         return os.path.join(self.recipe.training.output_dir, "checkpoints")

@@ -52,6 +52,13 @@ def sealed_checkpoint(trainer: Trainer, recipe: Recipe, folder: Path, provenance
             shutil.rmtree(old)
 
 
+def without_ties(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with each shared weight once, under its first name: DeepSpeed's clones would store a tied head beside the embedding."""
+    once = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
 def save_final(trainer: Trainer, recipe: Recipe, base_folder: Path, final: Path) -> None:
     """Writes the Hugging Face folder beside and renames it; adapters are kept in adapter/ and merged into the model."""
     ours = recipe
