@@ -1,11 +1,13 @@
-"""What ends a run from outside: SIGTERM, Ctrl-C, a full disk, another rank's death."""
+"""When a run saves, and what ends it from outside: SIGTERM, Ctrl-C, a full disk, another rank's death."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,33 +15,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ..files.staging import is_full_disk
 from .checkpoints.resume import whole_checkpoints
+from .engine.nvme import has_optimizer_on_nvme
 
 
 class Interrupted(Exception):
     """A signal came and a checkpoint was saved; the command exits with 128 + signal: 143 after SIGTERM, 130 after Ctrl-C."""
 
-    def __init__(self, signum: int, step: int) -> None:
+    def __init__(self, signum: int, step: int, is_saved: bool = True) -> None:
         why = "" if signum == signal.SIGINT else f"{signal.Signals(signum).name}: "
-        super().__init__(f"{why}saved step {step}; the same command goes on")
+        saved = f"saved step {step}; the same command goes on"
+        lost = f"ended at step {step}; nothing is saved, as DeepSpeed cannot go on with an optimizer on NVMe"
+        super().__init__(f"{why}{saved if is_saved else lost}")
         self.exit_code = 128 + signum
 
 
-class StopRequest(TrainerCallback):
-    """SIGTERM or Ctrl-C to any rank: all of them save after the same step, and stop.
+class Requests(TrainerCallback):
+    """What all ranks do after the same step: save, where the clock of rank 0 says so; save and stop, after a signal to any of them.
 
     The ranks learn of it by the sum that a step begins with anyway, so it costs no further synchronisation.
     """
 
-    def __init__(self, device: torch.device, world_size: int) -> None:
-        self.device, self.world_size = device, world_size
+    def __init__(self, args: TrainingArguments, save_minutes: float | None) -> None:
+        self.device, self.world_size = args.device, args.world_size
+        self.can_save = not has_optimizer_on_nvme(args)
+        self.seconds = 60 * save_minutes if save_minutes and self.can_save and args.should_save else math.inf
         self.signum: int | None = None
         """the first signal that came to this rank"""
         self.stopped = False
-        self._num_requests: Tensor | None = None
+        self._saved_at = 0.0
+        self._shared: Tensor | None = None
         self._copied: Any = None
 
     @contextmanager
@@ -59,32 +67,43 @@ class StopRequest(TrainerCallback):
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         if signum == signal.SIGINT and self.signum is None and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nadapt train: saves after this step; Ctrl-C again ends at once\n")  # print is not reentrant
+            os.write(2, b"\nadapt train: ends after this step; Ctrl-C again ends at once\n")  # print is not reentrant
         self.signum = self.signum or signum
 
-    def stop_requested(self) -> Tensor:
-        """[1] for the sum over ranks that a step begins with: 1 if a signal has come to this one."""
-        return torch.full(
+    def of_this_rank(self) -> Tensor:
+        """[2] for the sum over ranks that a step begins with: 1 if this rank asks to stop, and 1 if it asks to save."""
+        is_due = time.monotonic() - self._saved_at > self.seconds
+        stop = torch.full(
             (1,), int(self.signum is not None), device=self.device
         )  # filled there: a copy would be waited for
+        return torch.cat([stop, torch.full((1,), int(is_due), device=self.device)])
 
-    def share_stop_request(self, num_requests: Tensor) -> None:
-        """What came of that sum, []; copied to the host behind the device's back, and read at the end of the step."""
-        self._num_requests = num_requests.to("cpu", non_blocking=True)
+    def share(self, requests: Tensor) -> None:
+        """What came of that sum, [2]; copied to the host behind the device's back, and read at the end of the step."""
+        self._shared = requests.to("cpu", non_blocking=True)
         if self.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._saved_at = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self._saved_at = time.monotonic()
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        assert self._shared is not None
         if self._copied is not None:
             self._copied.synchronize()  # recorded before the step's forward pass: the device is long past it
-        if self.signum is not None if self.world_size == 1 else bool(self._num_requests):
-            self.stopped = True
-            control.should_save = control.should_log = control.should_training_stop = True
+        stop, save = self._shared.tolist()
+        if self.signum is not None if self.world_size == 1 else stop:
+            self.stopped = control.should_training_stop = control.should_log = True
+        if (self.stopped or save) and self.can_save:
+            control.should_save = True
 
     def raise_if_stopped(self, step: int) -> None:
         if self.stopped:
-            raise Interrupted(self.signum or signal.SIGTERM, step)
+            raise Interrupted(self.signum or signal.SIGTERM, step, self.can_save)
 
 
 def start_worker(init: Callable[[int], None] | None, worker: int) -> None:

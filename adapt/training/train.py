@@ -172,10 +172,10 @@ def _train(
         trainer.add_callback(RecipeInTrackers(trainer, recipe))
     if sampled is not None:
         trainer.add_callback(Samples(trainer, trainer.metrics, recipe, spec, sampled))
-    with failures_name_the_checkpoint(output_dir), trainer.stop_request.heeding_signals():
+    with failures_name_the_checkpoint(output_dir), trainer.requests.heeding_signals():
         with progress.doing("preparing the loop" if checkpoint is None else f"reading {checkpoint.name}"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.stop_request.raise_if_stopped(trainer.state.global_step)
+        trainer.requests.raise_if_stopped(trainer.state.global_step)
         trainer.guard.report_bad_steps(trainer)
         final = output_dir / "model"
         with progress.doing(f"writing {final}"):

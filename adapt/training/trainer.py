@@ -28,7 +28,7 @@ from .bad_steps import StepGuard
 from .checkpoints.save import sealed_checkpoint, without_ties
 from .data.batch import Batch, PackedRows, collate
 from .data.views import Canvases
-from .interruption import StopRequest, start_worker
+from .interruption import Requests, start_worker
 from .loss.distill import Teacher
 from .loss.in_forward import Term
 from .loss.terms import noised_loss, terms_of
@@ -62,9 +62,9 @@ class DiffusionTrainer(Trainer):
         self.metrics = RunningMetrics(self.args.device)
         self.provenance = provenance
         self.guard = StepGuard(recipe.training, self.args.device)
-        self.stop_request = StopRequest(self.args.device, self.args.world_size)
+        self.requests = Requests(self.args, recipe.training.minutes_between_checkpoints)
         self.add_callback(self.guard)
-        self.add_callback(self.stop_request)
+        self.add_callback(self.requests)
         self.add_callback(self.metrics)
 
     def compute_loss(
@@ -140,9 +140,9 @@ class DiffusionTrainer(Trainer):
         maskable, noised, ar = (sum(counts) for counts in zip(*(b["counts"] for b in batch_samples), strict=True))
         divisor = maskable if self.recipe.objective.weight == "elbo" else noised
         here = torch.tensor([divisor, ar]).to(device, non_blocking=True)
-        total = self.accelerator.reduce(torch.cat([here, self.stop_request.stop_requested()]), reduction="sum")
+        total = self.accelerator.reduce(torch.cat([here, self.requests.of_this_rank()]), reduction="sum")
         assert isinstance(total, Tensor)
-        self.stop_request.share_stop_request(total[2])
+        self.requests.share(total[2:])
         return total[:2].clamp(min=1)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:

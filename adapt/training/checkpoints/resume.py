@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from ..model_section import ModelConfig
 from ..recipe import Recipe
-from ..sections import DataConfig, ModelConfig, TrainingConfig
+from ..sections import DataConfig, TrainingConfig
 from .seal import COMPLETE, damage, data_files, gathered, read_manifest, versions
 
 # What a run that goes on may have changed: where and how it computes, not what.
@@ -24,7 +25,7 @@ _FREE = {
     *("data.num_workers", "model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile"),
     *("training." + name for name in ("keep_checkpoints", "logging_steps", "max_loss_ratio", "on_bad_loss")),
     *("training." + name for name in ("max_grad_norm", "micro_batch_size", "num_epochs", "num_steps")),
-    *("training." + name for name in ("output_dir", "report_to", "resume", "save_steps")),
+    *("training." + name for name in ("output_dir", "report_to", "resume", "save_minutes", "save_steps")),
     *("training." + name for name in ("sample_prompt", "sample_steps")),
 }
 
