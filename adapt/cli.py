@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        return _complain(f"adapt {verb}", "interrupted", code=130)
+        return 130 if os.environ.get("RANK", "0") != "0" else _complain(f"adapt {verb}", "interrupted", code=130)
     except Exception as error:
         line = _one_line(error)
         if debug or line is None:

@@ -113,10 +113,10 @@ CASES = {
     "base is no model": ({"model__base": "./not-a-model"}, 1, "model.base=./not-a-model: not a model folder"),
     "base is broken": ({"model__base": "./broken"}, 1, "broken: config.json is not valid JSON"),
     "ar base is no model": ({"model__base": "./none", "objective__name": "ar"}, 1, "model.base=./none: no such folder"),
-    "finished run": (
+    "model of another": (
         {"training__output_dir": "finished"},
         1,
-        r"output_dir=finished: holds a finished run .* choose a new",
+        r"output_dir=finished: holds a model that no run of ours wrote .* choose another",
     ),
     "unknown deepspeed": ({"training__deepspeed": "zero9"}, 1, "deepspeed=zero9: shipped are zero0, zero1"),
     "no deepspeed file": ({"training__deepspeed": "./none.json"}, 1, "deepspeed=./none.json: no such file"),

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from adapt.training.model_section import LoraConfig, ModelConfig
 from adapt.training.recipe import Recipe, parse_recipe
-from adapt.training.sections import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from adapt.training.sections import DataConfig, ObjectiveConfig, TrainingConfig
 
 MINIMAL = {
     "model": {"base": "some/model"},

@@ -21,6 +21,7 @@ from training_fixtures import (
     losses,
     metrics,
     recipe_argv,
+    stored,
     train_ranks,
     two_ranks,
     write_base,
@@ -29,7 +30,7 @@ from training_fixtures import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt.training import train
-from adapt.training.interruption import Terminated
+from adapt.training.interruption import Interrupted
 from adapt.training.recipe import parse_recipe
 
 pytestmark = pytest.mark.distributed
@@ -94,6 +95,8 @@ def test_zero2_on_two_ranks_has_the_curve_of_one_and_survives_a_rank_that_dies_t
     assert_same_curve(folder / "zero2", one_rank)
     assert len(AutoModelForCausalLM.from_pretrained(folder / "zero2" / "model").state_dict()) > 10
 
+    assert stored(folder / "zero2" / "model") == stored(folder / "zero2" / "converted")
+
     said = kill_ranks("killed", 1, training__deepspeed="zero2")
     assert said.count("another rank has died, look for what it said") == 1
     assert "from step 6 " in train_two("killed", training__deepspeed="zero2")
@@ -137,7 +140,7 @@ def test_the_command_leaves_no_process_group_whose_threads_could_abort_the_exit(
     def stands_for_training(recipe) -> Path:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if terminated:
-            raise Terminated("SIGTERM: saved")
+            raise Interrupted(signal.SIGTERM, step=3)
         return folder / "model"
 
     monkeypatch.setattr(train, "train", stands_for_training)
@@ -149,6 +152,7 @@ def test_the_command_leaves_no_process_group_whose_threads_could_abort_the_exit(
 def test_zero3_on_two_ranks_has_the_curve_of_one_and_leaves_whole_weights(train_two, folder, one_rank) -> None:
     train_two("zero3", training__deepspeed="zero3")
     assert_same_curve(folder / "zero3", one_rank)
+    assert stored(folder / "zero3" / "model") == stored(folder / "zero3" / "converted")
     found = AutoModelForCausalLM.from_pretrained(folder / "zero3" / "model").state_dict()
     want = AutoModelForCausalLM.from_pretrained(one_rank / "model").state_dict()
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
@@ -169,6 +173,7 @@ def test_lora_the_mask_row_and_a_teacher_under_zero3_have_the_curve_of_one_rank(
     assert_same_curve(folder / "lora-zero3", one)
     taught = ([line["distill_kl"] for line in metrics(out)] for out in (folder / "lora-zero3", one))
     assert next(taught) == pytest.approx(next(taught), rel=2e-6)
+    assert stored(folder / "lora-zero3" / "model") == stored(one / "converted")
     found, want = (load_file(out / "model" / "model.safetensors") for out in (folder / "lora-zero3", one))
     torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
     mask = AutoTokenizer.from_pretrained(one / "model").mask_token_id
@@ -216,4 +221,5 @@ def test_one_process_without_the_launcher_runs_deepspeed_too(folder: Path, argv,
     settings = {"training__deepspeed": "zero0", "training__micro_batch_size": 8}
     train_ranks(argv("alone", **settings), folder / "alone.log", ranks=1)
     assert_same_curve(folder / "alone", one_rank)
+    assert stored(folder / "alone" / "model") == stored(one_rank / "converted")
     assert len(metrics(folder / "alone")) == 16

@@ -7,17 +7,21 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import kill_resume
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_fixtures import at_step, losses, metrics, recipe_argv, train_ranks, write_base, write_pairs
+from transformers import TrainerControl
 
-from adapt.training import train
+from adapt import cli
+from adapt.training import interruption, train, trainer
 from adapt.training.checkpoints.seal import data_files
 from adapt.training.engine import arguments as engine
 from adapt.training.engine import build_locks
@@ -403,13 +407,97 @@ def test_sigterm_saves_on_all_ranks_alike_and_a_restart_goes_on(
     codes, said = launch("out", ranks, at_step(5, (ranks - 1,), TERMINATED), **settings)
     assert codes == [143] * ranks, said
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
-    assert said.count(f"adapt train: SIGTERM: {checkpoint} is saved; start the same command again") == 1
+    assert said.count(f"adapt train: SIGTERM: saved step {checkpoint.name[11:]}; the same command goes on\n") == 1
     assert "Traceback" not in said
     codes, said = launch("out", ranks, **settings)
     assert codes == [0] * ranks, said
     assert f"from step {checkpoint.name.split('-')[1]} " in said
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     assert equal(weights(tmp_path / "out" / "model"), weights(tmp_path / "whole" / "model"))
+
+
+def ctrl_c_in_step(step: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    real = trainer.DiffusionTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.DiffusionTrainer, "compute_loss", interrupted)
+
+
+def test_ctrl_c_saves_the_step_in_one_line_and_the_same_command_goes_on(
+    argv, run, tmp_path, monkeypatch, capsys
+) -> None:
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        ctrl_c_in_step(3, patch)
+        assert cli.main(["train", *argv("out")]) == 130
+    assert capsys.readouterr().err.endswith("\nadapt train: saved step 3; the same command goes on\n")
+    assert cli.main(["train", *argv("out")]) == 0
+    assert "from step 3 " in capsys.readouterr().err
+    assert losses(tmp_path / "out") == losses(whole)
+    assert equal(weights(tmp_path / "out" / "model"), weights(whole / "model"))
+
+
+def test_a_second_ctrl_c_ends_at_once(argv, tmp_path, monkeypatch, capfd) -> None:
+    ctrl_c_in_step(3, monkeypatch, times=2)
+    assert cli.main(["train", *argv("out")]) == 130
+    said = capfd.readouterr().err
+    assert "adapt train: ends after this step; Ctrl-C again ends at once\n" in said
+    assert said.endswith("\nadapt train: error: interrupted\n")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- checkpoints by time
+
+
+class Clock:
+    """Four minutes pass whenever it is looked at: as training begins, once a step, and after a checkpoint."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 240
+        return self.now
+
+
+def test_a_run_of_ones_own_recipe_saves_every_ten_minutes_and_goes_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "time", Clock())
+    whole, out = run("whole"), run("out")
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    run("out")
+    assert losses(out) == losses(whole)
+    assert equal(weights(out / "model"), weights(whole / "model"))
+    for name, off in {"never": {"save_minutes": None}, "none": {"save_minutes": 0}, "also": {"save_steps": 0}}.items():
+        found = run(
+            name, training__num_steps=4, **{f"training__{key}": json.dumps(value) for key, value in off.items()}
+        )
+        assert not (found / "checkpoints").exists()
+
+
+def test_rank_zero_alone_says_when_and_an_optimizer_on_nvme_is_never_saved() -> None:
+    def arguments(rank: int, device: str | None) -> SimpleNamespace:
+        config = {"zero_optimization": {"offload_optimizer": {"device": device}}} if device else {}
+        engine = {"deepspeed": device, "hf_deepspeed_config": SimpleNamespace(config=config)}
+        return SimpleNamespace(device=torch.device("cpu"), world_size=2, should_save=rank == 0, **engine)
+
+    for rank, device, asked in ((0, None, [0, 1]), (1, None, [0, 0]), (0, "cpu", [0, 1]), (0, "nvme", [0, 0])):
+        requests = interruption.Requests(arguments(rank, device), save_minutes=1e-9)
+        assert requests.of_this_rank().tolist() == asked
+    requests.signum = signal.SIGTERM  # of the last one, whose checkpoint would be no good
+    requests.share(requests.of_this_rank())
+    control = TrainerControl()
+    requests.on_step_end(None, None, control)
+    assert (control.should_training_stop, control.should_save) == (True, False)
+    with pytest.raises(interruption.Interrupted, match="SIGTERM: ended at step 7; nothing is saved, as DeepSpeed"):
+        requests.raise_if_stopped(7)
 
 
 # --- what ran

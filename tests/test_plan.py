@@ -16,8 +16,8 @@ from adapt.planning import activations as footprint
 from adapt.planning import planner, table
 from adapt.planning.measured_rate import benchmark_rate
 from adapt.planning.zero import Weights, Zero, peak, zero_of
+from adapt.training.model_section import LoraConfig
 from adapt.training.recipe import DataConfig, ModelConfig, ObjectiveConfig, Recipe, TrainingConfig
-from adapt.training.sections import LoraConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = LlamaConfig(

@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_fixtures import DIES, at_step, losses, metrics, recipe_argv, write_base, write_pairs
+from training_fixtures import DIES, at_step, losses, metrics, recipe_argv, stored, write_base, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
+from adapt import cli
 from adapt.attention.layout import Layout
 from adapt.training import train, trainer
 from adapt.training.recipe import parse_recipe
@@ -128,6 +129,8 @@ def test_final_folder_is_a_diffusion_checkpoint_that_transformers_loads(run, bas
     assert ours_says == base_says | {"mask_token_id": lm.spec.mask_token_id}
     assert (lm.spec.attention, lm.spec.mask_token_id) == ("prefix", lm.tokenizer.mask_token_id)
     assert lm.spec.base_model == str(base)
+    if precision == "fp32":
+        assert stored(folder) == stored(folder.parent / "converted")
     moved = (
         lm.model.get_input_embeddings().weight
         - adapt.load(folder.parent / "converted", device="cpu").model.get_input_embeddings().weight
@@ -158,6 +161,7 @@ def test_lora_leaves_an_adapter_and_a_merged_model_with_the_same_logits(run, pre
     assert rows.any(1).nonzero().flatten().tolist() == [mask]
     assert {name.split(".")[-2] for name in moved} >= {"q_proj", "v_proj", "down_proj", "embed_tokens"}
     assert "model.norm.weight" not in moved
+    assert stored(out / "model").keys() == stored(out / "converted").keys()
 
 
 def test_control_arm_stays_a_plain_causal_lm(run, base: Path, pairs: Path) -> None:
@@ -206,8 +210,6 @@ def test_tensorboard_events_hold_the_losses(run) -> None:
 
 
 def test_console_is_a_summary_a_bar_with_eta_and_the_result(base, pairs, tmp_path, capsys) -> None:
-    from adapt import cli
-
     assert cli.main(["train", *recipe_argv(base, pairs, tmp_path / "out")]) == 0
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     ours = [line for line in lines if line.strip() and not line.startswith(("tokenise", "Generating"))]
@@ -261,7 +263,7 @@ def test_resuming_where_logs_and_checkpoints_fall_apart_gives_the_same_curve(run
 HOLDING = """
 import pathlib, time
 from adapt.training.checkpoints import resume
-with resume.hold(pathlib.Path(argv[0])):
+with resume.run_lock(pathlib.Path(argv[0])):
     print("held", flush=True)
     time.sleep(3600)
 """
@@ -308,6 +310,23 @@ def test_another_run_does_not_go_on_from_a_checkpoint(run, change, message) -> N
         run(**change)
     assert len(list((out / "checkpoints").iterdir())) == 2
     assert len(losses(out)) == 6
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_ends_well(base, pairs, tmp_path, run, capsys) -> None:
+    out = run(training__precision="auto")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    argv = recipe_argv(base, pairs, out, training__precision="auto")
+    assert cli.main(["train", *argv]) == 0
+    line = f"adapt train: {out}: is finished (model/, 6 steps); choose another training.output_dir to train anew\n"
+    assert line in capsys.readouterr().err
+    for change, message in {
+        "--training.num_steps=7": "training.num_steps=7: the run in .* is finished .model/. and had num_steps=6; choose another",
+        "--training.seed=1": "training.seed=1: the run in .* was started with 0",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            train.train(parse_recipe([*argv, change]))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_a_run_that_goes_on_to_another_length_says_so_and_not_to_one_that_it_is_past(run, capsys) -> None:

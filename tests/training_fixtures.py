@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kill_resume
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -163,6 +164,13 @@ def finish(process: subprocess.Popen[str]) -> str:
         raise AssertionError(f"no end after 400 s:\n{output}") from None
     assert process.returncode == 0, output
     return output
+
+
+def stored(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """Name -> (shape, dtype) of the tensors in a folder of one safetensors file."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
 
 
 def metrics(out: Path) -> list[dict]:

@@ -1,15 +1,11 @@
-"""What may end a step badly: a loss that is no number or explodes, SIGTERM, a full disk, another rank's death."""
+"""Steps whose loss or gradient is no number, or explodes: kept from the weights, and reported with their examples."""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 import statistics
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,38 +27,32 @@ class BadStep(NamedTuple):
 
 
 class StepGuard(TrainerCallback):
-    """Keeps the update of a bad step from the weights, tells of it when losses are logged, and saves on SIGTERM.
+    """Keeps the update of a bad step from the weights, and reports it when losses are logged.
 
     A step is bad if its gradient norm is not finite, which every rank sees alike; an exploding loss is made one by multiplying
     it by NaN before the backward pass. The update is then left out: by torch's fused optimizers on the device (what loss
     scaling uses), by DeepSpeed's own check, and by other optimizers because their gradients are taken away, which needs one
-    host sync a step. So weights and checkpoints never hold a bad step, though it is told of only with the next log.
+    host sync a step. So weights and checkpoints never hold a bad step, though it is reported only with the next log.
     """
 
-    def __init__(self, ours: TrainingConfig, device: torch.device, world_size: int) -> None:
-        self.ours, self.device, self.world_size = ours, device, world_size
-        self.is_deepspeed = ours.deepspeed is not None
+    def __init__(self, settings: TrainingConfig, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.is_deepspeed = settings.deepspeed is not None
         self.limit = math.inf
-        self.terminated = False
-        self._asked_to_end = False
-        self._agreed: Tensor | None = None
-        self._agreed_event: Any = None
         self._loss = torch.zeros((), device=device)
         self._grad_norm: Tensor | float | None = None
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []  # since the last log: loss on this rank, norm, bad
 
-    # --- bad losses
-
-    def weigh_loss(self, loss: Tensor, trainer: Trainer) -> Tensor:
+    def nan_if_exploded(self, loss: Tensor, trainer: Trainer) -> Tensor:
         """The micro-batch's loss, NaN if with it the step's loss (mean over ranks) is above the limit."""
         self._loss += loss.detach()
-        if self.ours.max_loss_ratio is None or not trainer.accelerator.sync_gradients:
+        if self.settings.max_loss_ratio is None or not trainer.accelerator.sync_gradients:
             return loss
         total = trainer.accelerator.reduce(self._loss.clone(), reduction="mean")
         assert isinstance(total, Tensor)
         return loss * torch.where(total <= self.limit, 1.0, math.nan)
 
-    def weigh_update(self, grad_norm: Tensor | float | None, optimizer: Any) -> Tensor | float | None:
+    def drop_bad_update(self, grad_norm: Tensor | float | None, optimizer: Any) -> Tensor | float | None:
         """Between the backward pass and the optimizer: leaves out the update if the norm is not finite. Returns the norm."""
         norm = self._grad_norm if grad_norm is None else grad_norm
         assert norm is not None
@@ -94,7 +84,7 @@ class StepGuard(TrainerCallback):
         self._grad_norm = torch.nn.utils.get_total_norm(gradients)
         _leave_out(optimizer, ~torch.isfinite(self._grad_norm))
 
-    def told(self, trainer: Trainer) -> tuple[float | None, int]:
+    def report_bad_steps(self, trainer: Trainer) -> tuple[float | None, int]:
         """Called with every log: (mean loss of the good steps, None if none was bad; number of bad steps) since the last.
 
         With on_bad_loss=stop, ValueError that names the first bad step and its examples.
@@ -109,16 +99,16 @@ class StepGuard(TrainerCallback):
         steps = [BadStep(first + i, losses[i], norms[i]) for i in range(len(losses)) if bad[i]]
         self._steps.clear()
         for step in steps:
-            self._tell(step, trainer)
+            self._report(step, trainer)
         good = [loss for loss, is_bad in zip(losses, bad, strict=True) if not is_bad]
         return (statistics.fmean(good or losses) if steps else None), len(steps)
 
-    def _tell(self, bad: BadStep, trainer: Trainer) -> None:
-        rows, global_batch = trainer.train_dataset, self.ours.global_batch_size
+    def _report(self, bad: BadStep, trainer: Trainer) -> None:
+        rows, global_batch = trainer.train_dataset, self.settings.global_batch_size
         assert isinstance(rows, PackedRows)
         numbers = range((bad.step - 1) * global_batch, bad.step * global_batch)
         places = [place for k in numbers for place in rows.packing.row(k)]
-        path = Path(self.ours.output_dir) / "bad_steps.jsonl"
+        path = Path(self.settings.output_dir) / "bad_steps.jsonl"
         if trainer.args.should_save:
             tokenizer: Any = trainer.processing_class
             texts = [rows.examples[place.example] for place in places]
@@ -132,12 +122,12 @@ class StepGuard(TrainerCallback):
         shown = ", ".join(str(place.example) for place in places[:12]) + (", ..." if len(places) > 12 else "")
         why = f"loss {bad.loss:.4g}, grad_norm {bad.grad_norm:.4g}"
         if bad.loss > self.limit:
-            why = f"loss {bad.loss:.4g} is above training.max_loss_ratio={self.ours.max_loss_ratio} x median = {self.limit:.4g}"
+            why = f"loss {bad.loss:.4g} is above training.max_loss_ratio={self.settings.max_loss_ratio} x median = {self.limit:.4g}"
         line = (
             f"step {bad.step}: {why}; rows {numbers[0]}-{numbers[-1]}, examples {shown} (their text is in {path}); the update "
             "was left out"
         )
-        if self.ours.on_bad_loss == "stop":
+        if self.settings.on_bad_loss == "stop":
             raise ValueError(
                 f"training.on_bad_loss=stop: {line}, no checkpoint was saved since; look at the data or lower "
                 "training.learning_rate, or set training.on_bad_loss=skip to go on without such steps"
@@ -148,47 +138,11 @@ class StepGuard(TrainerCallback):
     def _set_limit(self, history: list[dict[str, float]]) -> None:
         """From the logged losses, which a checkpoint holds: a resumed run has the limits of one that never stopped."""
         logged = [line["loss"] for line in history[-_WINDOW:] if math.isfinite(line.get("loss", math.nan))]
-        if self.ours.max_loss_ratio is not None and len(logged) >= _FEWEST:
-            self.limit = self.ours.max_loss_ratio * statistics.median(logged)
+        if self.settings.max_loss_ratio is not None and len(logged) >= _FEWEST:
+            self.limit = self.settings.max_loss_ratio * statistics.median(logged)
 
     def on_log(self, args, state, control, **kwargs) -> None:
         self._set_limit(state.log_history)
-
-    # --- SIGTERM
-
-    @contextmanager
-    def heeding_sigterm(self) -> Iterator[None]:
-        """Inside, SIGTERM asks for a checkpoint after the step; torch's launchers and Slurm send it more than once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(*_) -> None:
-            self._asked_to_end = True
-
-        before = signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def asked_to_end(self) -> Tensor:
-        """[1] for the sum over ranks that a step begins with: 1 if SIGTERM has come to this one."""
-        return torch.full((1,), int(self._asked_to_end), device=self.device)  # filled there: a copy would be waited for
-
-    def agree(self, num_asked: Tensor) -> None:
-        """What came of that sum; copied to the host behind the device's back, and read at the end of the step."""
-        self._agreed = num_asked.to("cpu", non_blocking=True)
-        if self.device.type == "cuda":
-            self._agreed_event = torch.cuda.Event()
-            self._agreed_event.record()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._agreed_event is not None:
-            self._agreed_event.synchronize()  # recorded before the step's forward pass: the device is long past it
-        if self._asked_to_end if self.world_size == 1 else bool(self._agreed):
-            self.terminated = True
-            control.should_save = control.should_log = control.should_training_stop = True
 
 
 def _leave_out(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from ..files import adapters
-from .sections import LoraConfig
+from .model_section import LoraConfig
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, mask_token_id: int | None):

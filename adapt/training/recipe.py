@@ -1,4 +1,4 @@
-"""A recipe: YAML plus dotted overrides. The sections are in `settings.py`; here is what must hold between them.
+"""A recipe: YAML plus dotted overrides. The sections are in `sections.py` and `model_section.py`; here is what must hold between them.
 
 adapt train --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4 --data.train my.jsonl
 python -m adapt.training.recipe whole.yaml --config ...      the recipe with all overrides and defaults, as a file
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from .sections import DataConfig, ModelConfig, NoiseConfig, ObjectiveConfig, TrainingConfig
+from .model_section import ModelConfig
+from .sections import DataConfig, NoiseConfig, ObjectiveConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from ..arguments import CommandParser

@@ -1,4 +1,7 @@
-"""The settings of a recipe, one frozen dataclass a section, which validates its own fields. `config.py` puts them together."""
+"""The settings of a recipe, one frozen dataclass a section, which validates its own fields: data, noise, objective and training.
+
+`model_section.py` holds the model's; `recipe.py` puts them together.
+"""
 
 from __future__ import annotations
 
@@ -7,102 +10,19 @@ from dataclasses import dataclass, field
 from ..noise.absorbing import SCHEDULES
 
 
-def _one_of(setting: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(setting: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{setting}={value}: choose one of {', '.join(sorted(allowed))}")
 
 
-def _between(setting: str, value: float, low: float, high: float) -> None:
+def between(setting: str, value: float, low: float, high: float) -> None:
     if not low <= value < high:
         raise ValueError(f"{setting}={value}: must be at least {low} and below {high}")
 
 
-def _at_least(setting: str, value: float | None, minimum: float) -> None:
+def at_least(setting: str, value: float | None, minimum: float) -> None:
     if value is not None and value < minimum:
         raise ValueError(f"{setting}={value}: must be at least {minimum}")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters instead of full fine-tuning; the mask token's embedding row is trained besides."""
-
-    r: int = 16
-    """rank"""
-    alpha: int = 32
-    """scale; the update is alpha / r"""
-    dropout: float = 0.0
-    """probability"""
-    target_modules: str | list[str] = "all-linear"
-    """names of the adapted layers, as peft takes them"""
-
-    def __post_init__(self) -> None:
-        _at_least("model.lora.r", self.r, 1)
-        _between("model.lora.dropout", self.dropout, 0, 1)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    base: str
-    """Hub id, folder, or .gguf file; a diffusion checkpoint is trained on as it is, a causal LM is converted first"""
-    attention: str | None = None
-    """bidirectional, block or prefix. None = a diffusion checkpoint's own; a causal LM is converted to prefix"""
-    block_size: int | None = None
-    """tokens refined together, which attention=block needs; blocks are counted from the start of the text"""
-    clean_context: str | None = None
-    """how finished blocks see each other: causal (as in the base; the default of block) or block; used at conversion"""
-    shift_logits: bool | None = None
-    """hidden state i predicts token i+1, as the AR head was trained to. None = a diffusion checkpoint's own; else false"""
-    mask_token: str | None = None
-    """default: a reserved unused special token, else a new <|mask|>; used at conversion"""
-    attn_implementation: str | None = None
-    """flex_attention (GPU); sdpa_pieces: SDPA on the parts of the pattern that are seen; sdpa and eager: a dense mask. None =
-    flex_attention on a GPU, where transformers trains the model with it; else sdpa_pieces, or sdpa with torch_compile and where the
-    model does not take the pieces, or eager where transformers knows no other"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a quarter slower"""
-    torch_compile: bool = False
-    """compile the decoder layers, and pad every row to seq_len so that they have one shape"""
-    lora: LoraConfig | None = None
-    """None = full fine-tuning"""
-    quantization: str | None = None
-    """nf4: the frozen base is held in 4 bits and model.lora is trained on it (QLoRA, bitsandbytes)"""
-
-    def __post_init__(self) -> None:
-        if self.attention is not None:
-            _one_of("model.attention", self.attention, ("bidirectional", "block", "prefix"))
-        if (self.block_size is None) == (self.attention == "block"):
-            raise ValueError(
-                f"model.block_size={self.block_size}: "
-                + (
-                    "model.attention=block needs one; try 16 or 32"
-                    if self.attention == "block"
-                    else "belongs to model.attention=block; set that, or leave it out"
-                )
-            )
-        if self.clean_context is not None:
-            _one_of("model.clean_context", self.clean_context, ("block", "causal"))
-            if self.attention != "block":
-                raise ValueError(
-                    f"model.clean_context={self.clean_context}: belongs to model.attention=block; leave it out"
-                )
-        _at_least("model.block_size", self.block_size, 1)
-        if self.attn_implementation is not None:
-            kernels = ("eager", "flex_attention", "sdpa", "sdpa_pieces")
-            _one_of("model.attn_implementation", self.attn_implementation, kernels)
-        if self.torch_compile and self.attn_implementation == "sdpa_pieces":
-            raise ValueError(
-                "model.attn_implementation=sdpa_pieces: its pieces change from batch to batch, each a compilation; with "
-                "model.torch_compile=true use flex_attention or sdpa"
-            )
-        if self.quantization is None:
-            return
-        _one_of("model.quantization", self.quantization, ("nf4",))
-        if self.lora is None:
-            raise ValueError(
-                "model.quantization=nf4: 4-bit weights cannot be trained themselves; set model.lora, such as {r: 16}"
-            )
-        if self.torch_compile:
-            raise ValueError("model.quantization=nf4: does not go with model.torch_compile=true; set one of them back")
 
 
 @dataclass(frozen=True)
@@ -129,8 +49,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.train:
             raise ValueError("data.train=[]: give at least one file, or a Hub dataset id")
-        _one_of("data.too_long", self.too_long, ("drop", "error"))
-        _one_of("data.canvas_start", self.canvas_start, ("anywhere", "prompt"))
+        one_of("data.too_long", self.too_long, ("drop", "error"))
+        one_of("data.canvas_start", self.canvas_start, ("anywhere", "prompt"))
         if self.canvas_length is not None and self.canvas_length > self.seq_len:
             raise ValueError(
                 f"data.canvas_length={self.canvas_length}: longer than a row of data.seq_len={self.seq_len}; lower it, or "
@@ -140,9 +60,9 @@ class DataConfig:
             raise ValueError(
                 "data.canvas_start=anywhere: needs data.canvas_length, the tokens of a canvas; try 8 or 16"
             )
-        _at_least("data.seq_len", self.seq_len, 8)
-        _at_least("data.canvas_length", self.canvas_length, 1)
-        _at_least("data.num_workers", self.num_workers, 0)
+        at_least("data.seq_len", self.seq_len, 8)
+        at_least("data.canvas_length", self.canvas_length, 1)
+        at_least("data.num_workers", self.num_workers, 0)
 
 
 @dataclass(frozen=True)
@@ -159,8 +79,8 @@ class NoiseConfig:
     """hybrid noise: share of random tokens among noised ones at t = 1/2"""
 
     def __post_init__(self) -> None:
-        _one_of("noise.kind", self.kind, ("absorbing", "hybrid", "uniform"))
-        _one_of("noise.schedule", self.schedule, SCHEDULES)
+        one_of("noise.kind", self.kind, ("absorbing", "hybrid", "uniform"))
+        one_of("noise.schedule", self.schedule, SCHEDULES)
         if not 0 < self.t_min < 1:
             raise ValueError(f"noise.t_min={self.t_min}: must lie between 0 and 1")
         if not self.t_min < self.t_max <= 1:
@@ -202,12 +122,12 @@ class ObjectiveConfig:
     LoRA the original is the same weights with the adapter off"""
 
     def __post_init__(self) -> None:
-        _one_of("objective.name", self.name, ("ar", "nelbo"))
-        _one_of("objective.weight", self.weight, ("cart", "elbo", "uniform"))
-        _at_least("objective.views", self.views, 1)
-        _at_least("objective.ar_weight", self.ar_weight, 0)
-        _at_least("objective.anneal_steps", self.anneal_steps, 0)
-        _at_least("objective.distill_weight", self.distill_weight, 0)
+        one_of("objective.name", self.name, ("ar", "nelbo"))
+        one_of("objective.weight", self.weight, ("cart", "elbo", "uniform"))
+        at_least("objective.views", self.views, 1)
+        at_least("objective.ar_weight", self.ar_weight, 0)
+        at_least("objective.anneal_steps", self.anneal_steps, 0)
+        at_least("objective.distill_weight", self.distill_weight, 0)
         if self.block_sizes and (min(self.block_sizes) != 0 or min(self.block_sizes.values()) < 1):
             raise ValueError(
                 f"objective.block_sizes={self.block_sizes}: maps steps to block sizes of at least 1, and must say the one of step "
@@ -254,8 +174,11 @@ class TrainingConfig:
     """steps between samples decoded from the model as it is, shown beside the last one and kept in samples.jsonl; 0 = never"""
     sample_prompt: str | None = None
     """what a sample continues, as it is; None = the context of the first training example"""
-    save_steps: int = 0
-    """steps between checkpoints; 0 = none: the run cannot resume, but the final model is written"""
+    save_minutes: float | None = 10.0
+    """minutes of training between checkpoints, where save_steps does not say; None or 0 = none: the run cannot resume, but the
+    final model is written"""
+    save_steps: int | None = None
+    """steps between checkpoints, 0 = none; None = by time, save_minutes"""
     keep_checkpoints: int = 2
     """older ones are deleted"""
     resume: bool = True
@@ -273,18 +196,18 @@ class TrainingConfig:
     """a folder on a local disk, for deepspeed=zero3_nvme: weights and optimizer live there and not in memory"""
 
     def __post_init__(self) -> None:
-        _one_of("training.precision", self.precision, ("auto", "bf16", "fp32"))
-        _one_of("training.on_bad_loss", self.on_bad_loss, ("skip", "stop"))
+        one_of("training.precision", self.precision, ("auto", "bf16", "fp32"))
+        one_of("training.on_bad_loss", self.on_bad_loss, ("skip", "stop"))
         if self.max_loss_ratio is not None and self.max_loss_ratio <= 1:
             raise ValueError(
                 f"training.max_loss_ratio={self.max_loss_ratio}: must be above 1, such as 3, or null for never"
             )
         for tracker in self.report_to:
-            _one_of("training.report_to", tracker, ("tensorboard", "trackio", "wandb"))
+            one_of("training.report_to", tracker, ("tensorboard", "trackio", "wandb"))
         for name in ("global_batch_size", "micro_batch_size", "logging_steps", "keep_checkpoints"):
-            _at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("sample_steps", "save_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
-            _at_least(f"training.{name}", getattr(self, name), 0)
+            at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("sample_steps", "save_minutes", "save_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+            at_least(f"training.{name}", getattr(self, name), 0)
         if self.sample_prompt == "":
             raise ValueError("training.sample_prompt='': is empty; write at least one word, or set it to null")
         if self.learning_rate <= 0:
@@ -293,10 +216,15 @@ class TrainingConfig:
             raise ValueError(
                 f"training.num_steps={self.num_steps} and training.num_epochs={self.num_epochs}: give exactly one of them"
             )
-        _at_least("training.num_steps", self.num_steps, 1)
+        at_least("training.num_steps", self.num_steps, 1)
         if self.num_epochs is not None and self.num_epochs <= 0:
             raise ValueError(f"training.num_epochs={self.num_epochs}: must be above 0")
-        _between("training.adam_beta2", self.adam_beta2, 0, 1)
+        between("training.adam_beta2", self.adam_beta2, 0, 1)
+
+    @property
+    def minutes_between_checkpoints(self) -> float | None:
+        """None where steps say when, or nothing is to be saved."""
+        return self.save_minutes if self.save_steps is None else None
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of one rank in an optimizer step; ValueError if the sizes do not divide."""

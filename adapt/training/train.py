@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,18 +32,18 @@ from .checkpoints.reshard import read_on_any_ranks
 from .checkpoints.resume import (
     begun_precision,
     check_not_past,
-    hold,
+    finished_run,
     newest_checkpoint,
     remove_unfinished,
-    whole_checkpoints,
+    run_lock,
 )
-from .checkpoints.save import facts, save_final, save_provenance
+from .checkpoints.save import provenance_of, save_final, save_provenance
 from .checkpoints.seal import gathered
 from .data.examples import load_examples, load_rows
 from .data.run_rows import check_curriculum, packed_rows, summary, whole_copies
 from .data.views import Canvases
 from .engine.arguments import check_schedule, training_arguments, whole_weights
-from .interruption import Terminated, failures_name_the_checkpoint
+from .interruption import Interrupted, failures_name_the_checkpoint
 from .loss.distill import teacher_of
 from .recipe import Recipe, ignored_by_ar, parse_recipe
 from .start_model import check_base, diffusion_checkpoint, prepared
@@ -62,19 +61,15 @@ _CAUSAL = DiffusionSpec(
 def train(recipe: Recipe) -> Path:
     """Runs a recipe to its end and returns the folder of the final model, which `from_pretrained` loads.
 
-    Raises ValueError for settings that do not fit together, before weights are loaded or anything is written; Terminated
-    after SIGTERM, when a checkpoint has been saved.
+    Raises ValueError for settings that do not fit together, before weights are loaded or anything is written; Interrupted
+    after SIGTERM or Ctrl-C, when a checkpoint has been saved.
     """
     output_dir = Path(recipe.training.output_dir)
     # 1. Everything that can be refused cheaply.
-    final = output_dir / "model"
-    if final.exists():
-        raise ValueError(
-            f"training.output_dir={output_dir}: holds a finished run (model/); choose a new folder, with model.base={final} to go on "
-            "from it, or remove it"
-        )
-    check_base(recipe)
     recipe = _with_precision(recipe)
+    if finished := finished_run(recipe):
+        return finished
+    check_base(recipe)
     what = (
         "preparing torch" if recipe.training.deepspeed is None else "starting DeepSpeed (its operators are built once)"
     )
@@ -86,11 +81,11 @@ def train(recipe: Recipe) -> Path:
         )
     with progress.doing("checking the checkpoints and hashing the data"):
         checkpoint = newest_checkpoint(recipe)
-        about = facts(recipe, args.world_size)
+        provenance = provenance_of(recipe, args.world_size)
     with progress.doing("reading the data"), args.main_process_first(local=False):
         rows = load_rows(recipe.data)
-    with hold(output_dir) if args.process_index == 0 else nullcontext():
-        return _train(recipe, args, checkpoint, about, rows)
+    with run_lock(output_dir) if args.process_index == 0 else nullcontext():
+        return _train(recipe, args, checkpoint, provenance, rows)
 
 
 def _with_precision(recipe: Recipe) -> Recipe:
@@ -104,7 +99,9 @@ def _with_precision(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision))
 
 
-def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, about: dict[str, Any], rows: Any) -> Path:
+def _train(
+    recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, provenance: dict[str, Any], rows: Any
+) -> Path:
     """The run itself; rows: of the data, as `load_rows` reads them."""
     output_dir, is_main = Path(recipe.training.output_dir), args.process_index == 0
     # 2. The checkpoint: converted first if it is a causal LM, and probed.
@@ -156,14 +153,14 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
         model = prepared(folder, recipe, spec, args)
         teacher = teacher_of(recipe, model, folder, args)
     if is_main:
-        save_provenance(recipe, about, output_dir)
+        save_provenance(recipe, provenance, output_dir)
         remove_unfinished(output_dir, checkpoint)
         progress.say(summary(dataset, checkpoint, args))
     trainer = DiffusionTrainer(
         recipe,
         canvases,
         longest_canvas,
-        about,
+        provenance,
         teacher,
         model=model,
         args=args,
@@ -175,14 +172,11 @@ def _train(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, abo
         trainer.add_callback(RecipeInTrackers(trainer, recipe))
     if sampled is not None:
         trainer.add_callback(Samples(trainer, trainer.metrics, recipe, spec, sampled))
-    with failures_name_the_checkpoint(output_dir), trainer.guard.heeding_sigterm():
+    with failures_name_the_checkpoint(output_dir), trainer.requests.heeding_signals():
         with progress.doing("preparing the loop" if checkpoint is None else f"reading {checkpoint.name}"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if trainer.guard.terminated:
-            raise Terminated(
-                f"SIGTERM: {whole_checkpoints(output_dir)[-1]} is saved; start the same command again to go on from it"
-            )
-        trainer.guard.told(trainer)
+        trainer.requests.raise_if_stopped(trainer.state.global_step)
+        trainer.guard.report_bad_steps(trainer)
         final = output_dir / "model"
         with progress.doing(f"writing {final}"):
             save_final(trainer, recipe, folder, final)
@@ -199,16 +193,16 @@ def _share_cores() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The `adapt train` command, and what `recipes/train.py` runs on every rank; 143 after SIGTERM, as a shell would say."""
+    """The `adapt train` command, and what `recipes/train.py` runs on every rank; after a signal 128 + its number."""
     _share_cores()
     is_main = int(os.environ.get("RANK", "0")) == 0
     try:
         final = train(parse_recipe(argv, __doc__))
-    except Terminated as saved:
+    except Interrupted as saved:
         if is_main:
             print(f"adapt train: {saved}", file=sys.stderr)
         _leave_the_ranks()
-        return 128 + signal.SIGTERM
+        return saved.exit_code
     except Exception:
         wait_for_rank_zero()
         raise

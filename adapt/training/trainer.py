@@ -25,10 +25,10 @@ from .. import progress
 from ..attention.layout import Layout
 from ..objective import ROWS_PER_GATHER, diffusion_loss
 from .bad_steps import StepGuard
-from .checkpoints.save import sealed_checkpoint
+from .checkpoints.save import sealed_checkpoint, without_ties
 from .data.batch import Batch, PackedRows, collate
 from .data.views import Canvases
-from .interruption import start_worker
+from .interruption import Requests, start_worker
 from .loss.distill import Teacher
 from .loss.in_forward import Term
 from .loss.terms import noised_loss, terms_of
@@ -44,7 +44,7 @@ class DiffusionTrainer(Trainer):
         recipe: Recipe,
         canvases: Canvases,
         longest_canvas: int,
-        about: dict[str, Any],
+        provenance: dict[str, Any],
         teacher: Teacher | None = None,
         **kwargs,
     ) -> None:
@@ -60,9 +60,11 @@ class DiffusionTrainer(Trainer):
         self.teacher, self.noised_loss = teacher, noised_loss(recipe, canvases, teacher)
         self.loss_is_scaled_for_ga = True
         self.metrics = RunningMetrics(self.args.device)
-        self.about = about
-        self.guard = StepGuard(recipe.training, self.args.device, self.args.world_size)
+        self.provenance = provenance
+        self.guard = StepGuard(recipe.training, self.args.device)
+        self.requests = Requests(self.args, recipe.training.minutes_between_checkpoints)
         self.add_callback(self.guard)
+        self.add_callback(self.requests)
         self.add_callback(self.metrics)
 
     def compute_loss(
@@ -101,7 +103,7 @@ class DiffusionTrainer(Trainer):
             **taught,
         }
         self.metrics.add(metrics, num_tokens=inputs["input_ids"].numel())
-        return self.guard.weigh_loss(loss, self)
+        return self.guard.nan_if_exploded(loss, self)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -109,7 +111,7 @@ class DiffusionTrainer(Trainer):
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = self.guard.weigh_update(super()._get_grad_norm(model, grad_norm), self.optimizer)
+        grad_norm = self.guard.drop_bad_update(super()._get_grad_norm(model, grad_norm), self.optimizer)
         self.metrics.end_step(self.guard.is_bad())
         return grad_norm
 
@@ -138,9 +140,9 @@ class DiffusionTrainer(Trainer):
         maskable, noised, ar = (sum(counts) for counts in zip(*(b["counts"] for b in batch_samples), strict=True))
         divisor = maskable if self.recipe.objective.weight == "elbo" else noised
         here = torch.tensor([divisor, ar]).to(device, non_blocking=True)
-        total = self.accelerator.reduce(torch.cat([here, self.guard.asked_to_end()]), reduction="sum")
+        total = self.accelerator.reduce(torch.cat([here, self.requests.of_this_rank()]), reduction="sum")
         assert isinstance(total, Tensor)
-        self.guard.agree(total[2])
+        self.requests.share(total[2:])
         return total[:2].clamp(min=1)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
@@ -160,7 +162,7 @@ class DiffusionTrainer(Trainer):
         self.state.epoch = self.train_dataset.epochs(self.state.global_step * self.recipe.training.global_batch_size)
         if "loss" in logs:
             before = next((line for line in reversed(self.state.log_history) if "loss" in line), {})
-            loss_of_good_steps, num_skipped = self.guard.told(self)
+            loss_of_good_steps, num_skipped = self.guard.report_bad_steps(self)
             if loss_of_good_steps is not None:
                 logs["loss"] = loss_of_good_steps
             if self.recipe.training.on_bad_loss == "skip":
@@ -172,10 +174,13 @@ class DiffusionTrainer(Trainer):
                 del logs["mask_ratio"]  # all tokens are predicted, noised or not
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, None if state_dict is None else without_ties(self.model, state_dict))
+
     def _get_output_dir(self, trial) -> str:
         return os.path.join(self.recipe.training.output_dir, "checkpoints")
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with progress.doing(f"saving {folder.name}"), sealed_checkpoint(self, self.recipe, folder, self.about):
+        with progress.doing(f"saving {folder.name}"), sealed_checkpoint(self, self.recipe, folder, self.provenance):
             super()._save_checkpoint(model, trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from ..model_section import ModelConfig
 from ..recipe import Recipe
-from ..sections import DataConfig, ModelConfig, TrainingConfig
+from ..sections import DataConfig, TrainingConfig
 from .seal import COMPLETE, damage, data_files, gathered, read_manifest, versions
 
 # What a run that goes on may have changed: where and how it computes, not what.
@@ -23,13 +25,13 @@ _FREE = {
     *("data.num_workers", "model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile"),
     *("training." + name for name in ("keep_checkpoints", "logging_steps", "max_loss_ratio", "on_bad_loss")),
     *("training." + name for name in ("max_grad_norm", "micro_batch_size", "num_epochs", "num_steps")),
-    *("training." + name for name in ("output_dir", "report_to", "resume", "save_steps")),
+    *("training." + name for name in ("output_dir", "report_to", "resume", "save_minutes", "save_steps")),
     *("training." + name for name in ("sample_prompt", "sample_steps")),
 }
 
 
 @contextmanager
-def hold(output_dir: Path) -> Iterator[None]:
+def run_lock(output_dir: Path) -> Iterator[None]:
     """Inside, no other process may train in this folder, which is made if need be; ValueError while another one does.
 
     The lock ends with the process, however that ends, and is not handed on to loader workers.
@@ -100,10 +102,36 @@ def check_not_past(checkpoint: Path | None, num_steps: int) -> None:
         )
 
 
+def finished_run(recipe: Recipe) -> Path | None:
+    """The model that this recipe has been trained to already, which is said; None if output_dir holds no model.
+
+    ValueError if it holds the model of another run, or of one of another length.
+    """
+    output_dir = Path(recipe.training.output_dir)
+    final, saved = output_dir / "model", output_dir / "config.yaml"
+    if not final.exists():
+        return None
+    way_out = f"choose another training.output_dir, with model.base={final} to go on from it, or remove it"
+    if not saved.is_file():
+        raise ValueError(
+            f"training.output_dir={output_dir}: holds a model that no run of ours wrote (model/); {way_out}"
+        )
+    _check_same_run(recipe, saved)
+    was, now = _length(yaml.safe_load(saved.read_text())["training"]), _length(asdict(recipe.training))
+    if was != now:
+        raise ValueError(
+            f"training.{now[0]}={now[1]}: the run in {output_dir} is finished (model/) and had {was[0]}={was[1]}; {way_out}"
+        )
+    metrics = output_dir / "metrics.jsonl"
+    steps = json.loads(metrics.read_text().splitlines()[-1])["step"] if metrics.is_file() else recipe.training.num_steps
+    _say(f"{output_dir}: is finished (model/, {steps} steps); choose another training.output_dir to train anew")
+    return final
+
+
 def begun_precision(recipe: Recipe) -> str | None:
-    """training.precision of the run that would go on in the recipe's output_dir; None where there is none."""
+    """training.precision of the run that is in the recipe's output_dir; None where there is none."""
     saved = Path(recipe.training.output_dir) / "config.yaml"
-    if not saved.is_file() or not whole_checkpoints(saved.parent):
+    if not saved.is_file() or not (whole_checkpoints(saved.parent) or (saved.parent / "model").exists()):
         return None
     return _flat(yaml.safe_load(saved.read_text())).get("training.precision")  # pyright: ignore[reportReturnType]
 
@@ -165,11 +193,13 @@ def _check_same_run(recipe: Recipe, saved: Path) -> None:
             )
 
 
-def _say_changed_length(recipe: Recipe, saved: Path) -> None:
-    def length(training: dict[str, object]) -> tuple[str, object]:
-        return next((name, training[name]) for name in ("num_steps", "num_epochs") if training.get(name) is not None)
+def _length(training: dict[str, object]) -> tuple[str, object]:
+    """("num_steps" or "num_epochs", its value)."""
+    return next((name, training[name]) for name in ("num_steps", "num_epochs") if training.get(name) is not None)
 
-    (name, was), (now, value) = length(yaml.safe_load(saved.read_text())["training"]), length(asdict(recipe.training))
+
+def _say_changed_length(recipe: Recipe, saved: Path) -> None:
+    (name, was), (now, value) = _length(yaml.safe_load(saved.read_text())["training"]), _length(asdict(recipe.training))
     if (name, was) != (now, value):
         effect = "" if recipe.training.lr_scheduler == "constant" else ": the schedule changes from here"
         _say(f"{name} {was} -> {value if now == name else f'{now} {value}'}{effect}")

@@ -19,20 +19,20 @@ from .resume import whole_checkpoints
 from .seal import COMPLETE, data_files, seal, versions
 
 
-def facts(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def provenance_of(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """What goes into every COMPLETE besides the files: versions, number of ranks, and what the training files were."""
     return {"versions": versions(), "world_size": world_size, "data": data_files(recipe.data.train)}
 
 
-def save_provenance(recipe: Recipe, about: dict[str, Any], output_dir: Path) -> None:
+def save_provenance(recipe: Recipe, provenance: dict[str, Any], output_dir: Path) -> None:
     """The resolved recipe (config.yaml) and what ran it on what (versions.json), beside the run's checkpoints."""
     output_dir.mkdir(parents=True, exist_ok=True)
     recipe.save(output_dir / "config.yaml")
-    (output_dir / "versions.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    (output_dir / "versions.json").write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
 
 
 @contextmanager
-def sealed_checkpoint(trainer: Trainer, recipe: Recipe, folder: Path, about: dict[str, Any]) -> Iterator[None]:
+def sealed_checkpoint(trainer: Trainer, recipe: Recipe, folder: Path, provenance: dict[str, Any]) -> Iterator[None]:
     """Inside, all ranks write into the folder; then it is sealed and older ones are removed.
 
     A write that fails costs this checkpoint alone: older ones go only when a newer one is whole.
@@ -42,7 +42,7 @@ def sealed_checkpoint(trainer: Trainer, recipe: Recipe, folder: Path, about: dic
         if trainer.args.should_save:
             recipe.save(folder / "recipe.yaml")
         trainer.accelerator.wait_for_everyone()  # every rank has written its shard of the optimizer
-        seal(folder, about | {"step": trainer.state.global_step})
+        seal(folder, provenance | {"step": trainer.state.global_step})
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -50,6 +50,13 @@ def sealed_checkpoint(trainer: Trainer, recipe: Recipe, folder: Path, about: dic
         for old in whole_checkpoints(folder.parents[1])[: -recipe.training.keep_checkpoints]:
             (old / COMPLETE).unlink()  # first: half a checkpoint must not pass for a damaged one
             shutil.rmtree(old)
+
+
+def without_ties(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with each shared weight once, under its first name: DeepSpeed's clones would store a tied head beside the embedding."""
+    once = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()
+    return {name: tensor for name, tensor in state.items() if name not in tied}
 
 
 def save_final(trainer: Trainer, recipe: Recipe, base_folder: Path, final: Path) -> None:

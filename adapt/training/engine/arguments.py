@@ -131,8 +131,10 @@ def _deepspeed(ours: TrainingConfig, world_size: int) -> dict | None:
         # DeepSpeed 0.19.8: the resumed curve is off by 2e-4 in the next step and by 14% in the one after; from CPU it is right
         raise ValueError(
             f"training.save_steps={ours.save_steps}: DeepSpeed does not read an optimizer on NVMe back rightly, so a run cannot "
-            f"resume; set training.save_steps=0, or use a copy of {ours.deepspeed} with offload_optimizer.device=cpu"
+            f"resume; leave it out, or use a copy of {ours.deepspeed} with offload_optimizer.device=cpu"
         )
+    if offload == "nvme" and ours.minutes_between_checkpoints:
+        progress.say("training.save_minutes: no checkpoints, as DeepSpeed cannot go on with an optimizer on NVMe")
     # What keeps a gradient that is not finite from the weights; training.on_bad_loss rests on it.
     for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if config.get(section, {}).get(name) is False:

@@ -10,6 +10,8 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ..sections import TrainingConfig
 
 
@@ -49,6 +51,14 @@ def prepare_nvme(ours: TrainingConfig, sections: list[dict[str, Any]]) -> None:
             ) from error
         section["nvme_path"] = str(own)
         atexit.register(_remove_with_empty_parent, own)
+
+
+def has_optimizer_on_nvme(args: TrainingArguments) -> bool:
+    """Whether the optimizer lives on disk, where a checkpoint does not bring it back (`arguments._deepspeed`)."""
+    if args.deepspeed is None:
+        return False
+    section = args.hf_deepspeed_config.config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device") == "nvme"
 
 
 def missing_for_nvme() -> str | None:

@@ -28,7 +28,7 @@ from ...spec import DiffusionSpec
 from ...tokens import start_token_id, text_ids
 from ..recipe import Recipe
 from .metrics import RunningMetrics, drop_lines_after
-from .trackers import tell
+from .trackers import log_to_trackers
 
 NEW_TOKENS = 64  # tokens of a sample, where data.canvas_length does not say how long a canvas is
 
@@ -90,7 +90,7 @@ class Samples(TrainerCallback):
             with self.path.open("a") as file:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
             progress.say(beside(sample, self.last))
-            tell(self.trainer, {"sample": f"{sample['prompt']} → {sample['text']}"})
+            log_to_trackers(self.trainer, {"sample": f"{sample['prompt']} → {sample['text']}"})
         self.last = sample
         self.metrics.leave_out(time.perf_counter() - started)
 

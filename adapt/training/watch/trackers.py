@@ -49,7 +49,7 @@ class RecipeInTrackers(TrainerCallback):
                 tracker._wandb.finish()  # else a second run in this process would go on in the first one's
 
 
-def tell(trainer: Trainer, logs: dict[str, Any]) -> None:
+def log_to_trackers(trainer: Trainer, logs: dict[str, Any]) -> None:
     """Logs to the trackers alone, at the step that the run is at: neither metrics.jsonl nor the trainer's state sees it."""
     for tracker in _trackers(trainer):
         tracker.on_log(trainer.args, trainer.state, trainer.control, model=trainer.model, logs=logs)
