@@ -40,11 +40,18 @@ def commands(text: str) -> list[Command]:
     """The commands of a document's ```bash blocks, in their order; of a pipe each part."""
     found = []
     for first, body in blocks(text, "bash"):
-        start = 0
-        for line in re.split(r"(?<!\\)\n", body):  # not at the ends of lines that go on
-            words = shlex.split(line.replace("\\\n", " "), comments=True)
+        start, typed = 0, ""
+        for number, line in enumerate(body.splitlines()):
+            typed = f"{typed}\n{line}" if typed else line
+            if typed.endswith("\\"):  # goes on
+                continue
+            try:
+                words = shlex.split(typed.replace("\\\n", " "), comments=True)
+            except ValueError:  # a quotation goes on
+                continue
             found += [_command(first + start, part) for part in _parts(words)]
-            start += line.count("\n") + 1
+            start, typed = number + 1, ""
+        assert not typed, f"line {first + start}: does not end: {typed}"
     return found
 
 
