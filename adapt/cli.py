@@ -38,7 +38,7 @@ VERBS: dict[str, Verb] = {
     ),
     "generate": Verb("adapt.generate:main", "write text, or fill blanks, by refining"),
     "compare": Verb("adapt_eval.compare:main", "quality and speed against the original, with intervals"),
-    "lm_eval": Verb("adapt_eval.lm:main", "lm-eval's own command line, with `--model adapt`"),
+    "lm_eval": Verb("adapt_eval.lm_eval_command:main", "lm-eval's own command line, with `--model adapt`"),
     "export": Verb("adapt.export.export:main", "a folder that works without this package"),
     "doctor": Verb("adapt.doctor.doctor:main", "what this machine can run, and what is missing"),
     "quickstart": Verb("adapt_recipes.quickstart.quickstart:main", "the whole path on a small model, on a laptop CPU"),

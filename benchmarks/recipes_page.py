@@ -1,6 +1,6 @@
 """docs/recipes.md: the table of all recipes, from the lines on top of each and what it sets.
 
-    python benchmarks/recipes_page.py            # writes it again; tests/test_docs.py says when that is due
+python benchmarks/recipes_page.py            # writes it again; tests/test_docs.py says when that is due
 """
 
 from __future__ import annotations

@@ -21,12 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.arguments import CommandParser
-from adapt.files.model_folder import check_model_folder, is_diffusion_checkpoint
-from adapt.model.precision import DTYPES, compute_dtype_of
 from adapt.progress import doing, say
 
 from .arms import choose_prompts, model_of, speed_arm
 from .causal_lm import CausalLM
+from .checks import check_folder, check_numbers, chosen_device, chosen_dtype
 from .lm import AdaptLM
 from .measure import provenance, speed
 from .measure.hardware import hardware
@@ -71,20 +70,19 @@ def compare(
 
     base, control: causal LMs; adapted: a diffusion checkpoint. All arms stand in one process with one dtype, device and
     attention kernel. base_num_fewshot: examples in the original's prompt alone. sweep: more thresholds for the
-    quality-speed curve. speed_repeats: rounds, 0 = do not measure. dtype: default
-    bfloat16 where the device computes it natively, else float32.
-    Raises ValueError for what the user can mend, before any model is loaded where that can be known.
+    quality-speed curve. speed_repeats: rounds, 0 = do not measure. dtype: default bfloat16 where the device computes it
+    natively, else float32. Raises ValueError for what the user can mend, before any model is loaded where that can be known.
     """
     started, sampler = time.time(), sampler or adapt.SamplerConfig()
-    _check_numbers(limit, batch_size, speed_prompts, speed_batch_sizes, speed_repeats, sweep)
+    check_numbers(limit, batch_size, speed_prompts, speed_batch_sizes, speed_repeats, sweep)
     refuse_existing(out, overwrite)
     folders = {"base": base, "control": control, "adapted": adapted}
     folders = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
     for arm, folder in folders.items():
-        _check_folder(arm, folder)
+        check_folder(arm, folder)
     if corpus is not None:
         next(texts_of(corpus), None)  # refuses a missing file now, not after an hour
-    where, as_dtype = _device(device), _dtype(dtype, device)
+    where, as_dtype = chosen_device(device), chosen_dtype(dtype, device)
     with doing("finding the tasks", shown=progress):
         manager = find_tasks(tasks, include_path)
 
@@ -193,56 +191,6 @@ def compare(
     with doing("writing the report", shown=progress):
         write_report(report, out, samples={arm: r["samples"] for arm, r in results.items()}, overwrite=overwrite)
     return report
-
-
-# -- before the long work ---------------------------------------------------------------------------------------------
-
-
-def _check_numbers(
-    limit: int | None, batch_size: int, prompts: int, sizes: Sequence[int], repeats: int, sweep: Sequence[float]
-) -> None:
-    for setting, value, least in (
-        ("limit", limit, 1), ("batch_size", batch_size, 1), ("speed_prompts", prompts, 1),
-        ("speed_repeats", repeats, 0),
-        *(("speed_batch_sizes", size, 1) for size in sizes),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise ValueError(f"{setting}={value}: give a whole number of at least {least}")
-    for threshold in sweep:
-        if not 0 < threshold <= 1:
-            raise ValueError(f"sweep={threshold}: thresholds lie above 0 and up to 1")
-
-
-def _check_folder(arm: str, folder: str) -> None:
-    try:
-        check_model_folder(folder)
-    except ValueError as error:
-        raise ValueError(str(error).replace("checkpoint=", f"{arm}=", 1)) from None
-    diffusion = is_diffusion_checkpoint(folder)
-    if diffusion and arm != "adapted":
-        raise ValueError(f"{arm}={folder}: is a diffusion checkpoint; give the causal LM that writes left to right")
-    if not diffusion and arm == "adapted" and Path(folder).is_dir():
-        raise ValueError(f"adapted={folder}: no diffusion checkpoint; make one with `adapt convert {folder} OUT`")
-
-
-def _device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device={device}: give cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch finds no CUDA device here; use cpu")
-    return found
-
-
-def _dtype(dtype: str | None, device: str | None) -> torch.dtype:
-    if dtype is None:
-        return compute_dtype_of(_device(device))
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(DTYPES))}; all arms run in the same")
-    return DTYPES[dtype]
 
 
 def _sampled(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,21 +22,18 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs, resolve_max_length
+from lm_eval.models.utils import Collator, has_bos_prefix, resolve_max_length
 
 import adapt
-from adapt.decoding.likelihood import nelbo
 from adapt.decoding.settings import changed
 from adapt.progress import Task, doing
 from adapt.tokens import left_padded, text_ids
 
+from .answers import bounds_of, request_settings, rolling_windows, writes_greedily
 from .measure.emitted import Stop, count_tokens, emitted_text, end_of_text_ids
-from .model_args import MODEL_ARGS, SAMPLER_ARGS, model_args_help
+from .model_args import MODEL_ARGS, SAMPLER_ARGS, check_model_args
 
 _logger = logging.getLogger(__name__)
-_HANDLED = {"do_sample", "max_gen_toks", "seed", "temperature", "top_p", "until"}
-_CHUNK = 64
-"""Requests per call of nelbo: small enough for a progress bar, large enough to fill batches."""
 
 
 class AdaptLM(TemplateLM):
@@ -80,12 +76,7 @@ class AdaptLM(TemplateLM):
             raise ValueError(
                 f"model_args: unknown {', '.join(sorted(unknown))}; `adapt lm_eval` knows {', '.join(sorted(MODEL_ARGS))}"
             )
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size}: give a whole number above 0")
-        if greedy not in ("always", "auto"):
-            raise ValueError(f"greedy={greedy}: choose one of always, auto")
-        if mc_samples < 1:
-            raise ValueError(f"mc_samples={mc_samples}: give a whole number above 0")
+        check_model_args(batch_size, greedy, mc_samples)
         self.lm = (
             adapt.load(pretrained, adapter=adapter, dtype=dtype, device=device, attn_implementation=attn_implementation)
             if isinstance(pretrained, str)
@@ -116,8 +107,6 @@ class AdaptLM(TemplateLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> AdaptLM:
         """The same from `key=value,key=value`."""
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
-
-    # -- what TemplateLM asks for -------------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -156,8 +145,6 @@ class AdaptLM(TemplateLM):
             **self.chat_template_args,
         )
 
-    # -- generation ---------------------------------------------------------------------------------------------------
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text of each request up to its first stop string; requests of like settings and length share a batch."""
         ordered = Collator(
@@ -185,25 +172,10 @@ class AdaptLM(TemplateLM):
 
     def settings_of(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What one request asks for: until, max_gen_toks, seed, sampler."""
-        asked: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, self.max_new_tokens)}
-        ignored = sorted(set(asked) - _HANDLED)
+        settings, ignored = request_settings(gen_kwargs, self.sampler, self.max_new_tokens, self.seed)
         if ignored:
             self._say_once(f"generation settings that the diffusion sampler has no use for: {', '.join(ignored)}")
-        sampler = self.sampler
-        if "do_sample" in gen_kwargs or "temperature" in gen_kwargs:
-            temperature = float(asked.get("temperature", 0.0)) if asked["do_sample"] else 0.0
-            if asked["do_sample"] and "temperature" not in gen_kwargs:
-                temperature = 1.0  # what transformers samples with where none is given
-            sampler = dataclasses.replace(sampler, temperature=temperature)
-        if gen_kwargs.get("top_p") is not None:
-            sampler = dataclasses.replace(sampler, top_p=float(gen_kwargs["top_p"]))
-        seed = gen_kwargs.get("seed")
-        return {
-            "until": [u for u in asked.get("until", []) if u],
-            "max_gen_toks": asked["max_gen_toks"],
-            "seed": self.seed if seed is None else int(seed),
-            "sampler": sampler,
-        }
+        return settings
 
     def _write(self, contexts: Sequence[str], settings: dict[str, Any], generator: torch.Generator) -> list[str]:
         room = self.max_length - settings["max_gen_toks"]
@@ -231,8 +203,6 @@ class AdaptLM(TemplateLM):
         counts = [count_tokens(self.tokenizer, text, row, self._eos_ids) for text, row in zip(texts, rows)]
         self.counters["generate_tokens"] += sum(counts)
         return texts
-
-    # -- likelihood ---------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(-NELBO in nats, is_greedy) of each continuation given its context; see the class."""
@@ -269,15 +239,9 @@ class AdaptLM(TemplateLM):
         """-NELBO in nats of each whole text, in windows of max_length, every token predicted once."""
         windows, owner = [], []
         for i, request in enumerate(requests):
-            rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,  # the canvas comes after its context: one more than an AR window
-                context_len=1,
-            )
-            for window in map(utils.make_disjoint_window, rolling):
-                windows.append(window)
-                owner.append(i)
+            own = rolling_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length)
+            windows += own
+            owner += [i] * len(own)
         totals = [0.0] * len(requests)
         for i, value in zip(owner, self._nelbo(windows, disable_tqdm)):
             totals[i] -= value
@@ -294,53 +258,22 @@ class AdaptLM(TemplateLM):
         return context[over:] or [self.prefix_token_id], target[1 - self.max_length :]
 
     def _nelbo(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[float]:
-        """NELBO in nats of each target given its context; longest first, so that a batch too large fails at once."""
-        order = sorted((i for i in range(len(pairs)) if pairs[i][1]), key=lambda i: -sum(map(len, pairs[i])))
-        nats = [0.0] * len(pairs)  # an empty target is certain
         start = time.perf_counter()
-        with self._task(len(order), "adapted: likelihood, Monte Carlo", disable_tqdm) as task:
-            for at in range(0, len(order), _CHUNK):
-                chunk = order[at : at + _CHUNK]
-                bounds = nelbo(
-                    self.lm,
-                    [pairs[i][0] for i in chunk],
-                    [pairs[i][1] for i in chunk],
-                    num_samples=self.mc_samples,
-                    batch_size=max(self.batch_size, self.mc_samples),
-                    seed=self.seed,
-                )
-                for i, bound in zip(chunk, bounds):
-                    nats[i] = bound.nats
-                    self.counters["likelihood_nfe"] += bound.nfe
-                task.update(len(chunk))
+        with self._task(
+            sum(bool(target) for _, target in pairs), "adapted: likelihood, Monte Carlo", disable_tqdm
+        ) as task:
+            rows = max(self.batch_size, self.mc_samples)
+            nats, nfe = bounds_of(self.lm, pairs, self.mc_samples, rows, self.seed, task)
+        self.counters["likelihood_nfe"] += nfe
         self.counters["likelihood_seconds"] += time.perf_counter() - start  # pyright: ignore[reportArgumentType]
         return nats
 
     def _is_greedy(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[bool]:
-        """Whether the one-token-per-step sampler writes each target on a canvas of its length."""
-        surest = changed(self.sampler, tokens_per_step=1, temperature=0.0, top_p=1.0)
-        by_length: dict[int, list[int]] = {}
-        for i, (_context, target) in enumerate(pairs):
-            by_length.setdefault(len(target), []).append(i)
-        found = [True] * len(pairs)  # an empty target is written by writing nothing
+        surest = dataclasses.replace(self.sampler, threshold=None, tokens_per_step=1, temperature=0.0, top_p=1.0)
         with self._task(len(pairs), "adapted: greedy continuations", disable_tqdm) as task:
-            for length, members in sorted(by_length.items()):
-                members.sort(key=lambda i: -len(pairs[i][0]))
-                for at in range(0, len(members) if length else 0, self.batch_size):
-                    batch = members[at : at + self.batch_size]
-                    input_ids, attention_mask = left_padded(
-                        self.tokenizer, [pairs[i][0] for i in batch], self.lm.device
-                    )
-                    out = self.lm.generate(
-                        input_ids, max_new_tokens=length, attention_mask=attention_mask, sampler=surest
-                    )
-                    self.counters["likelihood_nfe"] += out.nfe
-                    for i, row in zip(batch, out.sequences[:, input_ids.shape[1] :].tolist()):
-                        found[i] = row == pairs[i][1]
-                    task.update(len(batch))
+            found, nfe = writes_greedily(self.lm, pairs, surest, self.batch_size, task)
+        self.counters["likelihood_nfe"] += nfe
         return found
-
-    # -- small things -------------------------------------------------------------------------------------------------
 
     def _task(self, total: int, what: str, disable: bool) -> AbstractContextManager[Task]:
         return doing(what, total=total, shown=self.progress and not disable and total > 0)
@@ -364,19 +297,3 @@ class AdaptLM(TemplateLM):
 
 # Not as a decorator: its return type is lm-eval's LM, which hides AdaptLM from type checkers.
 register_model("adapt")(AdaptLM)
-
-
-def main(argv: list[str]) -> int:
-    """lm-eval's own command line with `--model adapt` registered; its help ends with the --model_args that are ours."""
-    from lm_eval.__main__ import cli_evaluate
-
-    before = sys.argv
-    # lm-eval puts `run` in front only of two arguments or more; one alone is a subcommand or --help.
-    sys.argv = ["adapt lm_eval", *argv]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
-        if not argv or {"-h", "--help"} & set(argv):
-            print(f"\n{model_args_help()}")
-    return 0

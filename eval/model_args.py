@@ -36,3 +36,13 @@ def model_args_help() -> str:
     return "\n".join(
         ["--model_args of --model adapt, name=value with commas between them:", *lines, "", f"  {example}"]
     )
+
+
+def check_model_args(batch_size: int | str, greedy: str, mc_samples: int) -> None:
+    """ValueError for a value that is not allowed."""
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise ValueError(f"batch_size={batch_size}: give a whole number above 0")
+    if greedy not in ("always", "auto"):
+        raise ValueError(f"greedy={greedy}: choose one of always, auto")
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples={mc_samples}: give a whole number above 0")

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.decoding.settings import SETTINGS
+from adapt_eval import answers
 from adapt_eval import lm as lm_module
-from adapt_eval.lm import AdaptLM, main
+from adapt_eval.lm import AdaptLM
+from adapt_eval.lm_eval_command import main
 from adapt_eval.model_args import MODEL_ARGS
 
 
@@ -173,7 +175,7 @@ def test_rolling_windows_score_every_token_once_and_fit_the_model(loaded, monkey
             scored.update(target)
         return [SimpleNamespace(nats=float(len(t)), nfe=1) for t in targets]
 
-    monkeypatch.setattr(lm_module, "nelbo", count)
+    monkeypatch.setattr(answers, "nelbo", count)
     text = "".join(chr(97 + i % 26) for i in range(53))
     model = AdaptLM(loaded, max_length=12, progress=False)
     one = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
