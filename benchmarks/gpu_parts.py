@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.model.precision import compute_dtype_of
-from adapt_eval.measure import speed
+from adapt_eval.measure import speed, writers
 
 
 class Part(NamedTuple):
@@ -100,13 +100,13 @@ def decoding(setting: Setting) -> Iterator[Found]:
     how: dict[str, Any] = {"until": (), "eos_ids": (), "max_new_tokens": num_new}
     ar: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    arms = [speed.ar_arm("AR", ar.to(setting.device).eval(), tokenizer, prompts, **how)]
+    arms = [writers.ar_arm("AR", ar.to(setting.device).eval(), tokenizer, prompts, **how)]
     for name, options in (("prefix", {}), ("block 32", {"block_size": 32})):
         folder = adapt.convert(base, setting.scratch / name, attention=name.split()[0], **options)
         lm = adapt.load(folder, dtype=dtype, device=setting.device)
         for count in per_forward:
             sampler = adapt.SamplerConfig(tokens_per_step=count)
-            arms.append(speed.diffusion_arm(name, lm, prompts, sampler=sampler, **how))
+            arms.append(writers.diffusion_arm(name, lm, prompts, sampler=sampler, **how))
     rows = speed.measure(
         arms, tokenizer=tokenizer, batch_sizes=(1, 8), repeats=1 if setting.tiny else 2, progress=False
     )

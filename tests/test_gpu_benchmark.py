@@ -7,15 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import gpu
 import gpu_checks
 import gpu_parts
+import psutil
+import pytest
+import torch
 from gpu_checks import NotPossible, Setting
 from machine import machine
 

@@ -6,14 +6,14 @@ Skipped without a GPU; `benchmarks/gpu.py` runs them first. Known answers come f
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_trainer import GOLDEN
 from tiny_models import build_model, build_tokenizer, config_of, save_base
 from training_fixtures import losses, metrics, recipe_argv, write_base, write_pairs
-from transformers import AutoModelForCausalLM, TrainerControl
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 import adapt
 from adapt.attention.layout import Layout
@@ -22,6 +22,7 @@ from adapt.doctor.all_reduce import all_reduce_line
 from adapt.model.forward import hidden_states
 from adapt.training import train
 from adapt.training.bad_steps import StepGuard
+from adapt.training.interruption import Requests
 from adapt.training.recipe import TrainingConfig, parse_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # torch's compiler warns of itself
@@ -57,7 +58,8 @@ def layout(kind: str, length: int) -> Layout:
 
 def wide_model(kind: str = "llama", **changes):
     torch.manual_seed(0)
-    return build_model(config_of(kind, **{**WIDE, **changes})).to(DEVICE)
+    model: Any = build_model(config_of(kind, **{**WIDE, **changes}))
+    return model.to(DEVICE)
 
 
 @pytest.mark.parametrize("right_window", [None, 3])
@@ -120,7 +122,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("gpu")
     base = save_base("llama", folder / "base", build_tokenizer(), **WIDE)
     block = {"block_size": 4}
-    kinds = {"prefix": {}, "bidirectional": {}, "block": block}
+    kinds: dict[str, dict[str, Any]] = {"prefix": {}, "bidirectional": {}, "block": block}
     return {kind: adapt.convert(base, folder / kind, attention=kind, **more) for kind, more in kinds.items()}
 
 
@@ -137,7 +139,7 @@ def test_the_probe_holds_with_every_kernel(checkpoints: dict[str, Path], kernel:
 def test_decoding_writes_what_the_cpu_writes(checkpoints: dict[str, Path], attention: str, kernel: str) -> None:
     prompts = torch.tensor([[0, 0, 40, 41, 42], [50, 51, 52, 53, 54]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    sampler = adapt.SamplerConfig(threshold=None, tokens_per_step=2)
+    sampler = adapt.SamplerConfig(tokens_per_step=2)
     written = [
         adapt.load(checkpoints[attention], device=device, dtype="float32", attn_implementation=kernel_there)
         .generate(prompts, attention_mask=mask, max_new_tokens=12, sampler=sampler)
@@ -178,20 +180,17 @@ def test_a_sample_under_flex_attention_leaves_no_trace_in_the_run(folder: Path) 
     assert (folder / "sampled" / "samples.jsonl").read_text().count("\n") == 3
 
 
-def guard_of(world_size: int = 1) -> StepGuard:
-    return StepGuard(TrainingConfig(output_dir="x", num_steps=1), torch.device(DEVICE), world_size)
-
-
 def test_the_fused_optimizer_leaves_a_bad_step_out_and_nobody_waits_for_the_device() -> None:
     weight = torch.nn.Parameter(torch.ones(8, device=DEVICE))
-    optimizer, guard = torch.optim.AdamW([weight], lr=0.1, fused=True), guard_of()
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = StepGuard(TrainingConfig(output_dir="x", num_steps=1), torch.device(DEVICE))
     seen = [weight.detach().clone()]
     norms = [torch.full((), value, device=DEVICE) for value in (1.0, float("nan"), 1.0)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for norm in norms:
             weight.grad = norm.expand(8).clone()
-            guard.weigh_update(norm, optimizer)
+            guard.drop_bad_update(norm, optimizer)
             optimizer.step()
             seen.append(weight.detach().clone())
     finally:
@@ -202,12 +201,13 @@ def test_the_fused_optimizer_leaves_a_bad_step_out_and_nobody_waits_for_the_devi
     assert float(optimizer.state[weight]["step"]) == 2
 
 
-def test_a_rank_that_was_asked_to_end_is_heard_through_the_copy_behind_the_devices_back() -> None:
+def test_a_request_of_another_rank_is_heard_through_the_copy_behind_the_devices_back(tmp_path: Path) -> None:
     for asked in (False, True):
-        guard, control = guard_of(world_size=2), TrainerControl()
-        guard._asked_to_end = asked
-        guard.agree(guard.asked_to_end()[0])
-        guard.on_step_end(None, SimpleNamespace(), control)
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+        requests, control = Requests(args, save_minutes=None), TrainerControl()
+        requests.world_size = 2
+        requests.share(requests.of_this_rank() + torch.tensor([int(asked), 0], device=DEVICE))
+        requests.on_step_end(args, TrainerState(), control)
         assert (control.should_training_stop, control.should_save) == (asked, asked)
 
 
