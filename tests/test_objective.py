@@ -45,7 +45,7 @@ def _exact_nelbo(nll_of: dict[tuple[int, ...], torch.Tensor], length: int) -> fl
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_loss_is_unbiased_against_all_masks(schedule: str, complementary: bool) -> None:
-    length, draws = 4, 6000
+    length, draws = 4, 3000
     table = torch.Generator().manual_seed(3)
     nll_of = {
         noised: torch.empty(length).exponential_(generator=table) * (1 + 3 * noised[0])
@@ -69,7 +69,7 @@ def test_loss_is_unbiased_against_all_masks(schedule: str, complementary: bool) 
     for view in (0, 1):
         mean, stderr = float(estimates[:, view].mean()), float(estimates[:, view].std()) / math.sqrt(draws)
         assert abs(mean - exact) < 4 * stderr
-        assert stderr < 0.03 * exact
+        assert stderr < 0.04 * exact
 
 
 def _hidden_and_head(rows: int = 37) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Linear]:

@@ -19,6 +19,29 @@ from adapt.training.train import train
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(p.relative_to(ROOT) for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "quickstart")
 FAMILIES = sorted({recipe.parent for recipe in RECIPES})
+# One of each attention, objective, adapter and kind of layer; the others are exhaustive.
+REPRESENTATIVES = (
+    *(
+        "smollm2-135m/block",
+        "smollm2-135m/bidirectional",
+        "smollm2-135m/control",
+        "qwen3-0.6b/prefix",
+        "qwen3-0.6b/qlora",
+    ),
+    *("gemma-3-1b/lora", "gpt2-124m/bidirectional", "qwen3-30b-a3b/block"),
+)
+PLANNED = ("smollm2-135m/prefix", "qwen3-0.6b/qlora", "qwen3-30b-a3b/block")
+
+
+def every_recipe(representatives: tuple[str, ...]) -> pytest.MarkDecorator:
+    assert set(representatives) <= {f"{recipe.parent.name}/{recipe.stem}" for recipe in RECIPES}
+    cases = []
+    for recipe in RECIPES:
+        name = f"{recipe.parent.name}/{recipe.stem}"
+        cases.append(pytest.param(recipe, marks=() if name in representatives else pytest.mark.exhaustive, id=name))
+    return pytest.mark.parametrize("recipe", cases)
+
+
 # The config.json of each folder holds the shape and no more; models of one shape (base, -it, -Instruct) share it. Compared with
 # other people's tables, not with the Hub: litgpt/config.py of Lightning-AI/litgpt at 26857050 (Qwen3, Llama, Gemma 3 1B, Mistral 7B
 # v0.3, SmolLM2), src/fairseq2/models/olmo/config.py of facebookresearch/fairseq2 at 1d050dd0 (OLMo 2 1B),
@@ -92,7 +115,7 @@ def tiny_base(family: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.parent.name}/{recipe.stem}")
+@every_recipe(REPRESENTATIVES)
 def test_a_tiny_model_of_its_architecture_takes_two_steps(recipe: Path, pairs: Path, tmp_path: Path) -> None:
     base = tiny_base(recipe.parent, tmp_path / "base")
     settings = {**HERE, "model.base": base, "data.train": pairs, "training.output_dir": tmp_path / "run"}
@@ -120,7 +143,7 @@ def test_the_shape_has_the_number_of_parameters_that_its_model_has(family: Path)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[family.name]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.parent.name}/{recipe.stem}")
+@every_recipe(PLANNED)
 def test_the_lines_on_top_are_its_command_and_its_memory(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
