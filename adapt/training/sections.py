@@ -145,6 +145,9 @@ class TrainingConfig:
     """optimizer steps; None = what num_epochs needs"""
     num_epochs: float | None = None
     """passes over the data; give this or num_steps"""
+    max_minutes: float | None = None
+    """minutes of training, over all restarts, after which the run ends at the latest, its learning rate decayed; None = all
+    steps"""
     global_batch_size: int = 8
     """packed rows in an optimizer step, over all ranks and accumulation"""
     micro_batch_size: int = 8
@@ -217,6 +220,8 @@ class TrainingConfig:
                 f"training.num_steps={self.num_steps} and training.num_epochs={self.num_epochs}: give exactly one of them"
             )
         at_least("training.num_steps", self.num_steps, 1)
+        if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
+            raise ValueError(f"training.max_minutes={self.max_minutes}: must be above 0, or null for all steps")
         if self.num_epochs is not None and self.num_epochs <= 0:
             raise ValueError(f"training.num_epochs={self.num_epochs}: must be above 0")
         between("training.adam_beta2", self.adam_beta2, 0, 1)

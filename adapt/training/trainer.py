@@ -33,6 +33,7 @@ from .loss.distill import Teacher
 from .loss.in_forward import Term
 from .loss.terms import noised_loss, terms_of
 from .recipe import Recipe
+from .time_limit import TimeLimit
 from .watch.metrics import RunningMetrics
 
 
@@ -63,6 +64,10 @@ class DiffusionTrainer(Trainer):
         self.provenance = provenance
         self.guard = StepGuard(recipe.training, self.args.device)
         self.requests = Requests(self.args, recipe.training.minutes_between_checkpoints)
+        ours, self.time_limit = recipe.training, None
+        if ours.max_minutes is not None:
+            self.time_limit = TimeLimit(ours.max_minutes, self.args.max_steps, ours.warmup_steps)
+            self.add_callback(self.time_limit)
         self.add_callback(self.guard)
         self.add_callback(self.requests)
         self.add_callback(self.metrics)
@@ -144,6 +149,10 @@ class DiffusionTrainer(Trainer):
         assert isinstance(total, Tensor)
         self.requests.share(total[2:])
         return total[:2].clamp(min=1)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        return scheduler if self.time_limit is None else self.time_limit.paced(scheduler)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         loader = super().get_train_dataloader()

@@ -24,7 +24,7 @@ from .seal import COMPLETE, damage, data_files, gathered, read_manifest, version
 _FREE = {
     *("data.num_workers", "model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile"),
     *("training." + name for name in ("keep_checkpoints", "logging_steps", "max_loss_ratio", "on_bad_loss")),
-    *("training." + name for name in ("max_grad_norm", "micro_batch_size", "num_epochs", "num_steps")),
+    *("training." + name for name in ("max_grad_norm", "max_minutes", "micro_batch_size", "num_epochs", "num_steps")),
     *("training." + name for name in ("output_dir", "report_to", "resume", "save_minutes", "save_steps")),
     *("training." + name for name in ("sample_prompt", "sample_steps")),
 }

@@ -99,7 +99,7 @@ def check_schedule(ours: TrainingConfig, num_steps: int, is_main: bool) -> None:
         )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=ours.learning_rate)
     try:
-        transformers.get_scheduler(
+        scheduler = transformers.get_scheduler(
             ours.lr_scheduler,
             optimizer,
             ours.warmup_steps,
@@ -111,6 +111,11 @@ def check_schedule(ours: TrainingConfig, num_steps: int, is_main: bool) -> None:
             f"training.lr_scheduler_options={ours.lr_scheduler_options}: training.lr_scheduler={ours.lr_scheduler} does not take "
             f"them, or needs others: {error}"
         ) from error
+    if ours.max_minutes is not None and not hasattr(scheduler, "lr_lambdas"):
+        raise ValueError(
+            f"training.lr_scheduler={ours.lr_scheduler}: is no function of the step, which training.max_minutes needs; choose "
+            "cosine, linear, warmup_stable_decay ..., or set training.max_minutes=null"
+        )
 
 
 def _deepspeed(ours: TrainingConfig, world_size: int) -> dict | None:

@@ -38,6 +38,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.task is None:
             return
+        self.task.total = state.max_steps  # training.max_minutes may lower it on the way
         self.task.update(speak=not control.should_log)  # a log of this step brings fresher figures in a moment
         if not (control.should_log or self.task.was_spoken_of):
             self.task.speak()
