@@ -49,7 +49,7 @@ def measure(
     num_documents: int = 512,
     word: str = "step",
 ) -> dict[str, Any]:
-    """{"sizes", "arms": {arm: {"steps": [raw figures of each round], "peak_memory_bytes"} or {"error": line}}}."""
+    """{"sizes", "arms": {arm: {"settings", "steps": [raw figures of each round], "peak_memory_bytes"} or {..., "error": line}}}."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         base = Path(scratch) / "base"
         sizes = write_model(base, shape)
@@ -68,7 +68,10 @@ def measure(
             for name in arm_names
         }
         with _processes(jobs) as (pipes, processes):
-            return {"sizes": sizes, "arms": _interleave(pipes, processes, rounds, warmup, word)}
+            arms = _interleave(pipes, processes, rounds, warmup, word)
+        # What an arm's name stands for, so that a reader of the report need not know the names; null: plain transformers.
+        settings = {name: job.overrides if name in OURS else None for name, job in jobs.items()}
+        return {"sizes": sizes, "arms": {name: {"settings": settings[name], **arm} for name, arm in arms.items()}}
 
 
 @contextmanager

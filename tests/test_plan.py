@@ -269,6 +269,20 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
     assert said in err
 
 
+def _settings_of(arm: str, overrides: dict) -> dict | None:
+    """What benchmarks/train.py writes beside an arm of that name; None: plain transformers."""
+    if arm == "ar":
+        return None
+    kind, *traits = arm.split("_")
+    block = {"model.attention": "block", "model.block_size": int("".join(filter(str.isdigit, kind)) or 0)}
+    settings = block if kind.startswith("block") else {"model.attention": kind}
+    settings = {"objective.name": "ar"} if kind == "control" else settings
+    more = {"ar": {"objective.ar_weight": 1.0}, "checkpointed": {"model.gradient_checkpointing": True}}
+    for trait in traits:
+        settings |= more[trait]
+    return settings | overrides
+
+
 def report_of(
     file: Path, *results: tuple[int, int, int, dict[str, float]], gpu: str | None = None, **overrides
 ) -> Path:
@@ -278,6 +292,7 @@ def report_of(
         {
             "sizes": {"parameters": parameters},
             "workload": {"batch": 4, "shortest": shortest, "longest": longest},
+            "arms": {arm: {"settings": _settings_of(arm, overrides)} for arm in arms},
             "summary": {arm: {"clean_tokens_per_s": {"median": rate}} for arm, rate in arms.items()},
         }
         for parameters, shortest, longest, arms in results

@@ -20,11 +20,6 @@ SAME_ROWS = 2.0
 """factor between two lengths of rows; from 1,024 to 2,048 tokens a 5M model lost 11 % of its rate, with block attention 21 %
 (benchmarks/results/length-cpu.json), and attention's share falls with size"""
 _PLAIN = "AR by transformers.Trainer"
-_TRAITS: dict[str, dict[str, Any]] = {  # what an arm's name says after its attention
-    "ar": {"objective.ar_weight": 1.0},
-    "checkpointed": {"model.gradient_checkpointing": True},
-    "compiled": {"model.torch_compile": True},
-}
 
 
 @dataclass(frozen=True)
@@ -106,32 +101,16 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, fields in sections for key, value in fields.items()}
 
 
-def _of_arm(name: str, overrides: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings that an arm of benchmarks/arms.py stands for; None: plain transformers.Trainer, or not known."""
-    attention, *traits = name.split("_")
-    if attention == "ar" or not set(traits) <= set(_TRAITS):
-        return None
-    if attention == "control":
-        settings: dict[str, Any] = {"objective.name": "ar"}
-    elif attention.startswith("block"):
-        settings = {"model.attention": "block", "model.block_size": int(attention.removeprefix("block"))}
-    else:
-        settings = {"model.attention": attention}
-    for trait in traits:
-        settings |= _TRAITS[trait]
-    return settings | overrides
-
-
 def _read(path: Path) -> tuple[list[Measured], bool, str]:
     """(the rates, whether on a GPU, the hardware and the day)."""
     try:
         report = json.loads(path.read_text())
-        about, overrides = report["provenance"], report["options"].get("overrides", {})
+        about = report["provenance"]
         rates = []
         for result in report["results"]:
             lengths = result["workload"]["shortest"], result["workload"]["longest"]
             for name, summary in result["summary"].items():
-                settings = _of_arm(name, overrides)
+                settings = result["arms"][name]["settings"]
                 copies = 1 if settings is None else _copies(settings)
                 rate = summary["clean_tokens_per_s"]["median"]
                 work = _PLAIN if settings is None else work_of(settings)
