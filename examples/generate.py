@@ -18,12 +18,11 @@ if not Path(checkpoint).exists():
 lm = adapt.load(checkpoint)
 
 prompt = "Text: The train to Porto leaves at 09:40 from track 7.\nKeys: to, time, track\nJSON:"
-prompt_ids = lm.tokenizer(prompt, return_tensors="pt").input_ids
 sampler = adapt.SamplerConfig(threshold=0.95, order="left_to_right", canvas_length=8)
-written = lm.generate(prompt_ids, max_new_tokens=48, sampler=sampler)
-print(lm.tokenizer.decode(written.sequences[0], skip_special_tokens=True))
-print(f"{int(written.num_tokens)} tokens in {written.nfe} forwards")
+print(lm.write(prompt, max_new_tokens=48, sampler=sampler, show=True))  # show: each round, on standard error
 
-text = prompt + ' {"to":"' + 2 * lm.tokenizer.mask_token + '","time":"09:40","track":"7"}'
-filled = lm.infill(lm.tokenizer(text, return_tensors="pt").input_ids)
-print(lm.tokenizer.decode(filled.sequences[0], skip_special_tokens=True))
+print(lm.fill(prompt + ' {"to":"[?2]","time":"09:40","track":"7"}'))  # [?2]: two tokens
+
+two = lm.write([prompt, "Once upon a time"], max_new_tokens=16)  # many at once, a text of each
+for text in two:
+    print(repr(text))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from documents import DOCUMENTS, ROOT, anchors, blocks, links
 
+import adapt
+
 PAGES = [*DOCUMENTS, *(ROOT / "docs" / name for name in ("log.md", "ablations.md", "architectures.md"))]
 FUNCTION = re.compile(r"`([\w/.]+\.py):([\w.]+)`")
 FILE = re.compile(r"`((?:adapt|eval|recipes|launch|tests|benchmarks|docs|examples)/[\w/.-]+\.\w+)`")
@@ -75,6 +77,15 @@ def test_the_method_names_functions_for_every_equation() -> None:
     text = (ROOT / "docs" / "method.md").read_text()
     for equation in re.split(r"^```\n.*?^```$", text, flags=re.MULTILINE | re.DOTALL)[2:]:
         assert FUNCTION.search(re.split(r"^## ", equation, flags=re.MULTILINE)[0]), equation[:200]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_python_in_a_page_is_python_and_names_what_adapt_has(page: Path) -> None:
+    for _, body in blocks(page.read_text(), "python"):
+        compile(body, page.name, "exec")
+        known = {"lm": adapt.DiffusionLM, "adapt": adapt}
+        for owner, name in re.findall(r"\b(lm|adapt)\.(\w+)", body):
+            assert hasattr(known[owner], name), f"{owner}.{name}"
 
 
 def test_the_table_of_recipes_is_the_recipes() -> None:
