@@ -86,7 +86,7 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         one_of("noise.kind", self.kind, ("absorbing", "hybrid", "uniform"))
-        one_of("noise.schedule", self.schedule, SCHEDULES)
+        one_of("noise.schedule", self.schedule, tuple(SCHEDULES))
         if not 0 < self.t_min < 1:
             raise ValueError(f"noise.t_min={self.t_min}: must lie between 0 and 1")
         if not self.t_min < self.t_max <= 1:
