@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from adapt.doctor import doctor
 from adapt.doctor.all_reduce import all_reduce_line
+from adapt.training.engine import shared_buffers
 
 
 def run(*argv: str, **env: object) -> subprocess.CompletedProcess[str]:
@@ -67,6 +69,31 @@ def test_a_lock_that_a_killed_build_left_is_named_and_one_in_use_is_not(
     with lock.open("w"):  # as torch does while it builds
         (check,) = [check for check in doctor._leftovers() if check.name == "build locks"]
         assert check.ok
+
+
+def test_shared_memory_of_ended_jobs_is_told_from_that_in_use_and_goes_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_buffers, "FOLDER", tmp_path)
+    for name in ("used", "young", "old"):
+        path = tmp_path / f"deepspeed_allreduce_buffer_0_127.0.0.1_{name}_0"
+        path.write_bytes(bytes(4096))
+        os.utime(path, None if name == "young" else (0, 0))
+    (tmp_path / "deepspeed_of_others").touch()
+    used, young, old = (
+        tmp_path / f"deepspeed_allreduce_buffer_0_127.0.0.1_{name}_0" for name in ("used", "young", "old")
+    )
+    with used.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        held, left = [check for check in doctor._leftovers() if check.name == "shared memory"]
+        assert (held.ok, held.found) == (True, f"1 buffers of DeepSpeed on CPU, in use by process {os.getpid()}")
+        assert (left.ok, left.mend) == (False, f"rm {old} {young}")
+        monkeypatch.setattr(shared_buffers.atexit, "register", lambda function: None)
+        shared_buffers.remove_left_behind()
+        assert {path.name for path in tmp_path.iterdir()} == {used.name, young.name, "deepspeed_of_others"}
+    monkeypatch.setenv("MASTER_PORT", "young")
+    shared_buffers._remove_own()
+    assert not young.exists()
+    assert used.exists()
 
 
 def test_missing_libaio_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

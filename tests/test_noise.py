@@ -25,6 +25,12 @@ def test_alpha_prime_is_the_derivative_of_alpha(schedule: str) -> None:
     torch.testing.assert_close(alpha_prime(t, schedule), slope)
 
 
+@pytest.mark.parametrize("function", [alpha, alpha_prime, elbo_weight, complement_weight])
+def test_a_schedule_that_is_not_there_is_refused(function) -> None:
+    with pytest.raises(ValueError, match="schedule=polynomial: choose one of cosine, linear"):
+        function(torch.tensor([0.5]), "polynomial")
+
+
 def test_elbo_weights_have_their_closed_forms() -> None:
     t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
     torch.testing.assert_close(elbo_weight(t, "linear"), 1 / t)

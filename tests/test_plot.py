@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapt import cli
-from adapt.training.watch import plot
+from adapt.training.watch import figure, plot, run_lines
 
 
 def write(folder: Path, lines: list[dict]) -> Path:
@@ -66,7 +66,7 @@ def test_curves_are_what_was_reported_against_clean_tokens(two, monkeypatch, cap
     ]
     assert table[1].split() == ["a", "4", "400", "2", "2", "200", "█▆▄▂"]
     assert table[2].split() == ["second", "3", "300", "1.3333", "1.3333", "200", "▆▂▁"]
-    assert table[3] == "nelbo.png"
+    assert table[3] == "runs/a/nelbo.png"
 
 
 @pytest.mark.parametrize(
@@ -96,24 +96,24 @@ def test_x_is_a_choice(two, monkeypatch, x, values, label) -> None:
     ],
 )
 def test_large_numbers_are_given_in_a_unit_that_the_axis_names(x, largest, scale, unit) -> None:
-    assert plot._scale(x, largest) == (scale, unit)
+    assert figure._scale(x, largest) == (scale, unit)
 
 
 def test_smoothing_is_a_debiased_exponential_mean_that_steps_over_nan() -> None:
-    assert plot.smoothed([4.0, 2.0, math.nan, 1.0], 0.0)[:2] == [4, 2]
-    found = plot.smoothed([4.0, 2.0, math.nan, 1.0], 0.5)
+    assert run_lines.smoothed([4.0, 2.0, math.nan, 1.0], 0.0)[:2] == [4, 2]
+    found = run_lines.smoothed([4.0, 2.0, math.nan, 1.0], 0.5)
     assert found[0] == 4
     assert found[1] == pytest.approx((0.5 * 4 + 2) / 1.5)
     assert math.isnan(found[2])
     assert found[3] == pytest.approx((0.25 * 4 + 0.5 * 2 + 1) / 1.75)
-    assert plot.smoothed([3.0] * 5, 0.9) == pytest.approx([3.0] * 5)
+    assert run_lines.smoothed([3.0] * 5, 0.9) == pytest.approx([3.0] * 5)
 
 
 def test_smoothed_curves_keep_what_was_reported_faintly_behind(two, monkeypatch) -> None:
     axes = drawn(monkeypatch, "runs/a", "--smooth", "0.9")
     faint, strong = axes.lines
     assert list(faint.get_ydata()) == [5, 4, 3, 2]
-    assert list(strong.get_ydata()) == plot.smoothed([5, 4, 3, 2], 0.9)
+    assert list(strong.get_ydata()) == run_lines.smoothed([5, 4, 3, 2], 0.9)
     assert faint.get_alpha() < 0.5
     assert "smoothed, weight 0.9 per logged line" in axes.get_title(loc="right")
 
@@ -143,7 +143,7 @@ def test_a_png_has_300_dots_an_inch(two, tmp_path: Path) -> None:
     from PIL import Image
 
     assert cli.main(["plot", "runs/a"]) == 0
-    with Image.open(tmp_path / "nelbo.png") as image:
+    with Image.open(tmp_path / "runs" / "a" / "nelbo.png") as image:
         assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert image.size == (1920, 1200)
 
@@ -218,4 +218,41 @@ def test_what_a_run_writes_can_be_drawn(tmp_path: Path, monkeypatch, capsys) -> 
     monkeypatch.chdir(tmp_path)
     for key in metrics(out)[0].keys() - {"step"}:
         assert cli.main(["plot", str(out), "--y", key]) == 0
-        assert (tmp_path / f"{key}.png").stat().st_size > 10_000
+        assert (out / f"{key}.png").stat().st_size > 10_000
+
+
+def test_scores_on_held_out_rows_are_rings_in_the_colour_of_their_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        {"step": k, "clean_tokens_seen": k, "nelbo": 5 - k, **({"eval_nelbo": 4.5} if k > 1 else {})} for k in (1, 2, 3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve, rings = drawn(monkeypatch, "run=metrics.jsonl").lines
+    assert (list(rings.get_xdata()), list(rings.get_ydata()), rings.get_label()) == (
+        [2, 3],
+        [4.5, 4.5],
+        "run, held out",
+    )
+    assert curve.get_color() == rings.get_color()
+
+
+def test_follow_prints_the_table_again_until_ctrl_c(two, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "runs" / "begun").mkdir()
+    (tmp_path / "runs" / "begun" / "config.yaml").touch()
+    seconds: list[float] = []
+
+    def sleep(time: float) -> None:
+        seconds.append(time)
+        if len(seconds) == 2:
+            (tmp_path / "runs" / "begun" / "metrics.jsonl").write_text(
+                (tmp_path / "runs" / "a" / "metrics.jsonl").read_text()
+            )
+        if len(seconds) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(plot.time, "sleep", sleep)
+    assert cli.main(["plot", "runs/begun", "--follow"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["RUN=runs/begun: holds no line yet; wait for the run's first log"] * 2
+    assert [line.split()[0] for line in said[2:]] == ["run", "begun"] * 2
+    assert not list(tmp_path.rglob("*.png"))

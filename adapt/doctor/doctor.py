@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..arguments import CommandParser, wait_for_rank_zero
-from ..training.engine import build_locks
+from ..training.engine import build_locks, shared_buffers
 from .all_reduce import all_reduce_line, launch_ranks
 
 _CORE = ("torch", "transformers", "huggingface_hub", "jsonargparse", "numpy", "yaml", "safetensors", "tqdm")
@@ -170,12 +170,17 @@ def _leftovers() -> Iterator[Check]:
         yield Check("build lock", False, f"{lock}, {age / 3600:.1f} h old: launches wait for it", f"rm {lock}")
     if not locks:
         yield Check("build locks", True, f"none left in {build_locks.folder()}")
-    buffers = list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
-    size = sum(buffer.stat().st_size for buffer in buffers) / 1e9
-    if buffers:
-        found = f"{len(buffers)} buffers of DeepSpeed on CPU, {size:.1f} GB, a running job's or a killed one's"
-        mend = "if no job is running: rm /dev/shm/deepspeed_allreduce_buffer_*"
-        yield Check("shared memory", True, f"{found}; {mend}")
+    found = shared_buffers.buffers()
+    left = [path for path, holders in found.items() if not holders]
+    if held := {pid for holders in found.values() for pid in holders}:
+        pids = ", ".join(map(str, sorted(held)))
+        yield Check(
+            "shared memory", True, f"{len(found) - len(left)} buffers of DeepSpeed on CPU, in use by process {pids}"
+        )
+    if left:
+        size = sum(path.stat().st_size for path in left) / 1e9
+        what = f"{len(left)} buffers of DeepSpeed on CPU, {size:.1f} GB, whose processes have ended; your own go at the next start"
+        yield Check("shared memory", False, what, f"rm {' '.join(map(str, left))}")
 
 
 def _output(*command: str) -> str:

@@ -7,23 +7,47 @@ probability mask_ratio = 1 - alpha_t. The training weight of a noised token is e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SCHEDULES = ("cosine", "linear")
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 SILVER_RATIO = math.sqrt(2) - 1
 
 
+class Schedule(NamedTuple):
+    """How fast tokens vanish: two functions of times t in [0, 1], of any shape and elementwise.
+
+    A new one is a line in SCHEDULES; `noise.schedule` of a recipe takes its name. alpha(0) = 1, alpha(1) = 0, falling between,
+    and alpha_prime is its derivative: tests/test_noise.py holds each of them to that.
+    """
+
+    alpha: Callable[[Tensor], Tensor]
+    alpha_prime: Callable[[Tensor], Tensor]
+
+
+SCHEDULES = {
+    "linear": Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t)),
+    "cosine": Schedule(lambda t: torch.cos(math.pi / 2 * t), lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * t)),
+}
+
+
 def alpha(t: Tensor, schedule: str = "linear") -> Tensor:
-    """P(token kept) at time t, same shape: 1 - t (linear) or cos(pi/2 t) (cosine). alpha(0) = 1, alpha(1) = 0."""
-    return torch.cos(math.pi / 2 * t) if schedule == "cosine" else 1 - t
+    """P(token kept) at time t, same shape: 1 - t (linear) or cos(pi/2 t) (cosine). ValueError for a schedule that is not there."""
+    return _schedule(schedule).alpha(t)
 
 
 def alpha_prime(t: Tensor, schedule: str = "linear") -> Tensor:
     """d alpha / d t, same shape."""
-    return -math.pi / 2 * torch.sin(math.pi / 2 * t) if schedule == "cosine" else -torch.ones_like(t)
+    return _schedule(schedule).alpha_prime(t)
+
+
+def _schedule(name: str) -> Schedule:
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule={name}: choose one of {', '.join(sorted(SCHEDULES))}")
+    return SCHEDULES[name]
 
 
 def elbo_weight(t: Tensor, schedule: str = "linear") -> Tensor:

@@ -48,6 +48,10 @@ class Recipe:
                 f"noise.kind={noise.kind}: complementary views, objective.weight=cart and objective.distill_weight are defined "
                 "for absorbing noise; set them back"
             )
+        if self.training.eval_steps is not None and self.data.eval is None:
+            raise ValueError(
+                f"training.eval_steps={self.training.eval_steps}: nothing to score; set data.eval, such as 0.05, or leave it out"
+            )
         clean_target = anywhere or (block and self.model.clean_context != "block")
         if objective.ar_weight and not clean_target:
             raise ValueError(

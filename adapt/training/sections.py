@@ -29,6 +29,8 @@ def at_least(setting: str, value: float | None, minimum: float) -> None:
 class DataConfig:
     train: str | list[str]
     """json, jsonl (also .gz), parquet or txt files, or a Hub dataset id; rows of text, prompt/completion or messages"""
+    eval: float | str | list[str] | None = None
+    """held-out rows, which are never trained on: files or a Hub dataset as in train, or a share of its rows, such as 0.05"""
     split: str = "train"
     """which split of a Hub dataset"""
     columns: dict[str, str] = field(default_factory=dict)
@@ -49,6 +51,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.train:
             raise ValueError("data.train=[]: give at least one file, or a Hub dataset id")
+        if isinstance(self.eval, float) and not 0 < self.eval < 1:
+            raise ValueError(f"data.eval={self.eval}: a share of the rows must lie between 0 and 1; or give files")
+        if self.eval in ([], ""):
+            raise ValueError(f"data.eval={self.eval!r}: give at least one file, a share of the rows, or null for none")
         one_of("data.too_long", self.too_long, ("drop", "error"))
         one_of("data.canvas_start", self.canvas_start, ("anywhere", "prompt"))
         if self.canvas_length is not None and self.canvas_length > self.seq_len:
@@ -80,7 +86,7 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         one_of("noise.kind", self.kind, ("absorbing", "hybrid", "uniform"))
-        one_of("noise.schedule", self.schedule, SCHEDULES)
+        one_of("noise.schedule", self.schedule, tuple(SCHEDULES))
         if not 0 < self.t_min < 1:
             raise ValueError(f"noise.t_min={self.t_min}: must lie between 0 and 1")
         if not self.t_min < self.t_max <= 1:
@@ -173,6 +179,8 @@ class TrainingConfig:
     """keys the data order and the noise"""
     logging_steps: int = 1
     """steps"""
+    eval_steps: int | None = None
+    """steps between scores of data.eval, each at the next log; None = a tenth of the run"""
     sample_steps: int = 0
     """steps between samples decoded from the model as it is, shown beside the last one and kept in samples.jsonl; 0 = never"""
     sample_prompt: str | None = None
@@ -209,6 +217,7 @@ class TrainingConfig:
             one_of("training.report_to", tracker, ("tensorboard", "trackio", "wandb"))
         for name in ("global_batch_size", "micro_batch_size", "logging_steps", "keep_checkpoints"):
             at_least(f"training.{name}", getattr(self, name), 1)
+        at_least("training.eval_steps", self.eval_steps, 1)
         for name in ("sample_steps", "save_minutes", "save_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
             at_least(f"training.{name}", getattr(self, name), 0)
         if self.sample_prompt == "":

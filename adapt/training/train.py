@@ -39,7 +39,8 @@ from .checkpoints.resume import (
 )
 from .checkpoints.save import provenance_of, save_final, save_provenance
 from .checkpoints.seal import gathered
-from .data.examples import load_examples, load_rows
+from .data.examples import load_examples
+from .data.held_out import Rows, held_out_rows, load_split
 from .data.run_rows import check_curriculum, packed_rows, summary, whole_copies
 from .data.views import Canvases
 from .engine.arguments import check_schedule, training_arguments, whole_weights
@@ -48,6 +49,7 @@ from .loss.distill import teacher_of
 from .recipe import Recipe, ignored_by_ar, parse_recipe
 from .start_model import check_base, diffusion_checkpoint, prepared
 from .trainer import DiffusionTrainer
+from .watch.evaluation import Evaluation
 from .watch.metrics import MetricsFile
 from .watch.progress import Progress
 from .watch.samples import Samples, sample_prompt
@@ -83,7 +85,7 @@ def train(recipe: Recipe) -> Path:
         checkpoint = newest_checkpoint(recipe)
         provenance = provenance_of(recipe, args.world_size)
     with progress.doing("reading the data"), args.main_process_first(local=False):
-        rows = load_rows(recipe.data)
+        rows = load_split(recipe.data)
     with run_lock(output_dir) if args.process_index == 0 else nullcontext():
         return _train(recipe, args, checkpoint, provenance, rows)
 
@@ -100,9 +102,9 @@ def _with_precision(recipe: Recipe) -> Recipe:
 
 
 def _train(
-    recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, provenance: dict[str, Any], rows: Any
+    recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, provenance: dict[str, Any], rows: Rows
 ) -> Path:
-    """The run itself; rows: of the data, as `load_rows` reads them."""
+    """The run itself."""
     output_dir, is_main = Path(recipe.training.output_dir), args.process_index == 0
     # 2. The checkpoint: converted first if it is a causal LM, and probed.
     with progress.doing("preparing the checkpoint"), args.main_process_first(local=False), whole_weights(args):
@@ -130,10 +132,12 @@ def _train(
         examples = load_examples(
             recipe.data,
             tokenizer,
-            rows=rows,
+            rows=rows.train,
             piece_length=canvases.piece_length(recipe.data.seq_len),
             is_main_process=is_main,
         )
+        if rows.held_out is not None:
+            held_out = held_out_rows(recipe, canvases, tokenizer, rows.held_out, is_main)
     with progress.doing("packing rows"):
         examples = whole_copies(recipe, canvases, examples, is_main)
         dataset, longest_canvas = packed_rows(recipe, canvases, examples)
@@ -143,6 +147,7 @@ def _train(
     check_not_past(checkpoint, args.max_steps)
     check_schedule(recipe.training, args.max_steps, is_main)
     check_curriculum(recipe, args.max_steps)
+    evaluation = None if rows.held_out is None else Evaluation(recipe, held_out, args.max_steps)
     resharding = read_on_any_ranks(checkpoint, args)
     sampled = None
     if recipe.training.sample_steps:
@@ -162,6 +167,7 @@ def _train(
         longest_canvas,
         provenance,
         teacher,
+        evaluation,
         model=model,
         args=args,
         train_dataset=dataset,

@@ -23,7 +23,7 @@ from transformers import (
 
 from .. import progress
 from ..attention.layout import Layout
-from ..objective import ROWS_PER_GATHER, diffusion_loss
+from ..objective import ROWS_PER_GATHER
 from .bad_steps import StepGuard
 from .checkpoints.save import sealed_checkpoint, without_ties
 from .data.batch import Batch, PackedRows, collate
@@ -31,9 +31,10 @@ from .data.views import Canvases
 from .interruption import Requests, start_worker
 from .loss.distill import Teacher
 from .loss.in_forward import Term
-from .loss.terms import noised_loss, terms_of
+from .loss.terms import log_sums, noised_loss, terms_of
 from .recipe import Recipe
 from .time_limit import TimeLimit
+from .watch.evaluation import Evaluation
 from .watch.metrics import RunningMetrics
 
 
@@ -47,6 +48,7 @@ class DiffusionTrainer(Trainer):
         longest_canvas: int,
         provenance: dict[str, Any],
         teacher: Teacher | None = None,
+        evaluation: Evaluation | None = None,
         **kwargs,
     ) -> None:
         # Compiled kernels want one shape; otherwise a batch is as long as its longest row.
@@ -61,7 +63,7 @@ class DiffusionTrainer(Trainer):
         self.teacher, self.noised_loss = teacher, noised_loss(recipe, canvases, teacher)
         self.loss_is_scaled_for_ga = True
         self.metrics = RunningMetrics(self.args.device)
-        self.provenance = provenance
+        self.provenance, self.evaluation = provenance, evaluation
         self.guard = StepGuard(recipe.training, self.args.device)
         self.requests = Requests(self.args, recipe.training.minutes_between_checkpoints)
         ours, self.time_limit = recipe.training, None
@@ -95,18 +97,8 @@ class DiffusionTrainer(Trainer):
         if self.teacher is not None:
             nats[0], kl = nats[0].unbind(1)
             taught = {"distill_kl_sum": kl.sum(), "num_taught": inputs["is_taught"].sum()}
-        nll, ar_nll = torch.cat(nats).split([len(inputs["rows"]), len(inputs["ar_rows"])])
-        if self.is_ar:  # the NLL is what its NELBO is: every target token is predicted, once
-            num_ar = torch.full_like(inputs["num_maskable"], len(ar_nll))
-            _, _, metrics = diffusion_loss(ar_nll, torch.ones_like(ar_nll), num_ar)
-        else:
-            _, _, metrics = diffusion_loss(nll, inputs["elbo_weight"], inputs["num_maskable"])
+        metrics = log_sums(inputs, torch.cat(nats), self.is_ar) | taught
         metrics |= {name: inputs[name] for name in ("num_useful", "num_clean")}
-        metrics |= {
-            "ar_nll_sum": ar_nll.sum(),
-            "num_ar": torch.full_like(inputs["num_maskable"], len(ar_nll)),
-            **taught,
-        }
         self.metrics.add(metrics, num_tokens=inputs["input_ids"].numel())
         return self.guard.nan_if_exploded(loss, self)
 
@@ -171,6 +163,9 @@ class DiffusionTrainer(Trainer):
         self.state.epoch = self.train_dataset.epochs(self.state.global_step * self.recipe.training.global_batch_size)
         if "loss" in logs:
             before = next((line for line in reversed(self.state.log_history) if "loss" in line), {})
+            evaluation = self.evaluation
+            if evaluation is not None and evaluation.is_due(before.get("step", 0), self.state):
+                logs |= evaluation.scores(self, self.metrics, self._num_chunks())
             loss_of_good_steps, num_skipped = self.guard.report_bad_steps(self)
             if loss_of_good_steps is not None:
                 logs["loss"] = loss_of_good_steps

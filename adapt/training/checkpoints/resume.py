@@ -26,7 +26,7 @@ _FREE = {
     *("training." + name for name in ("keep_checkpoints", "logging_steps", "max_loss_ratio", "on_bad_loss")),
     *("training." + name for name in ("max_grad_norm", "max_minutes", "micro_batch_size", "num_epochs", "num_steps")),
     *("training." + name for name in ("output_dir", "report_to", "resume", "save_minutes", "save_steps")),
-    *("training." + name for name in ("sample_prompt", "sample_steps")),
+    *("training." + name for name in ("eval_steps", "sample_prompt", "sample_steps")),
 }
 
 
@@ -185,6 +185,8 @@ def _check_same_run(recipe: Recipe, saved: Path) -> None:
     for key in sorted(before.keys() | now.keys()):
         if key in _FREE or before.get(key) == now.get(key):
             continue
+        if key == "data.eval" and not isinstance(before.get(key), float) and not isinstance(now[key], float):
+            continue  # other files, or none: what is trained on stays
         if key in before or now[key] != defaults.get(key):  # a setting that is newer than the run counts as its default
             was = "no such setting" if before.get(key) is None else before[key]
             raise ValueError(

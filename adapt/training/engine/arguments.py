@@ -23,6 +23,7 @@ from ..watch.trackers import PROJECT
 from .build_locks import check_build_locks
 from .ds_config import check_agrees, leave_to_the_recipe, nvme_sections, read_ds_config
 from .nvme import prepare_nvme
+from .shared_buffers import remove_left_behind
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _BITSANDBYTES = tuple(kind.value for kind in OptimizerNames if "8bit" in kind.value or "paged" in kind.value)
@@ -156,6 +157,7 @@ def _deepspeed(ours: TrainingConfig, world_size: int) -> dict | None:
             "pip install --upgrade deepspeed"
         )
     check_build_locks()
+    remove_left_behind()
     prepare_nvme(ours, nvme_sections(config))
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     if "MASTER_PORT" not in os.environ:

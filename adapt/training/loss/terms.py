@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...noise.hybrid import hybrid_loss
-from ...objective import RowLoss, cross_entropy
+from ...objective import RowLoss, cross_entropy, diffusion_loss
 from ..data.batch import Batch
 from ..data.views import Canvases
 from ..recipe import Recipe
@@ -33,6 +33,20 @@ def noised_loss(recipe: Recipe, canvases: Canvases, teacher: Teacher | None) -> 
         p_uniform=recipe.noise.p_uniform,
         weight=recipe.objective.weight,
     )
+
+
+def log_sums(batch: Batch, nats: Tensor, is_ar: bool) -> dict[str, Tensor]:
+    """What a log's means are made of: sums of nats [N + M] (the rows' -log p or bound, as the terms gave it) and counts, [] each.
+
+    Of the AR objective the NLL is what its NELBO is: every target token is predicted, once.
+    """
+    nll, ar_nll = nats.split([len(batch["rows"]), len(batch["ar_rows"])])
+    num_ar = torch.full_like(batch["num_maskable"], len(ar_nll))
+    if is_ar:
+        _, _, metrics = diffusion_loss(ar_nll, torch.ones_like(ar_nll), num_ar)
+    else:
+        _, _, metrics = diffusion_loss(nll, batch["elbo_weight"], batch["num_maskable"])
+    return {**metrics, "ar_nll_sum": ar_nll.sum(), "num_ar": num_ar}
 
 
 def terms_of(

@@ -8,6 +8,7 @@ The keys of metrics.jsonl. Means are over all tokens of all ranks since the last
     nelbo                 nats/token, an upper bound on the NLL (of the AR objective: the NLL). Absent with a band of times
     noised_nll            nats/token, of the noised tokens, unweighted (of uniform and hybrid noise: the bound's terms)
     ar_nll                nats/token, next token of the clean target. Only where the objective has an AR loss
+    eval_nelbo            nats/token, and eval_ar_nll: of the rows of data.eval, at the steps that score them (`evaluation.py`)
     distill_kl            nats/token, KL(original || adapted) of the noised tokens that have a teacher. Only with distillation
     mask_ratio            noised share of the tokens that might have been noised. Absent for uniform and hybrid noise
     grad_norm             L2, over all parameters, before clipping

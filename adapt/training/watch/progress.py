@@ -17,6 +17,8 @@ LEGEND = {
     "noised_nll": "nats per token, of the noised tokens",
     "ar_nll": "nats per token, of the next token",
     "distill_kl": "nats per token, away from the original",
+    "eval_nelbo": "of the held-out rows",
+    "eval_ar_nll": "of the held-out rows",
     "loss": "their weighted sum, which is minimised",
     "tokens/s": "the examples' own tokens, without copies and padding",
     "lr": "learning rate",
@@ -32,6 +34,8 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.task: progress.Task | None = None
+        self.scores: dict[str, float] = {}  # of the last evaluation
+        self.explained: set[str] = set()
         if state.is_world_process_zero:
             self.task = progress.begin("train", state.max_steps, done=state.global_step)
 
@@ -46,16 +50,19 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.task is None or not logs or "loss" not in logs:
             return
-        if not self.task.figures:
-            self._explain(progress_figures(logs))
-        self.task.figures = progress_figures(logs)
+        self.scores |= {name: logs[name] for name in ("eval_nelbo", "eval_ar_nll") if name in logs}
+        self.task.figures = progress_figures({**self.scores, **logs})
+        self._explain(self.task.figures)
         if not self.task.was_spoken_of or self.task.is_due():
             self.task.speak()
 
     def _explain(self, figures: list[str]) -> None:
-        """Says once what they mean, in as many lines as a terminal needs."""
-        names = [figure.split("=")[0] for figure in figures]
-        more = f"; more in {self.metrics_file}" if self.metrics_file else ""
+        """Says once what each means, in as many lines as a terminal needs."""
+        names = [name for figure in figures if (name := figure.split("=")[0]) not in self.explained]
+        if not names:
+            return
+        more = f"; more in {self.metrics_file}" if self.metrics_file and not self.explained else ""
+        self.explained |= set(names)
         legend = "train: " + "; ".join(f"{name} = {LEGEND[name]}" for name in names) + more
         width = progress.columns(sys.stderr)
         progress.say(textwrap.fill(legend, width - 1) if width else legend)
@@ -72,6 +79,8 @@ def progress_figures(logs: Mapping[str, float]) -> list[str]:
         bound = "ar_nll"
     names = dict.fromkeys((bound, "ar_nll", "distill_kl"))
     terms = [f"{name}={logs[name]:.3f}" for name in names if name in logs]
+    score = "eval_ar_nll" if bound == "ar_nll" else "eval_nelbo"
+    scores = [f"{score}={logs[score]:.3f}"] if score in logs else []
     speed = f"tokens/s={logs['clean_tokens_per_s']:,.0f}"
     loss = [f"loss={logs['loss']:.3f}"] if len(terms) > 1 else []  # of one term it is the bound over again
-    return [*terms, speed, *loss, f"lr={logs['learning_rate']:.1e}", f"memory={logs['peak_memory_gb']:.1f}GB"]
+    return [*terms, *scores, speed, *loss, f"lr={logs['learning_rate']:.1e}", f"memory={logs['peak_memory_gb']:.1f}GB"]
