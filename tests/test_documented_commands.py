@@ -175,7 +175,7 @@ class Reader:
             self.must_exist(hostfile)
         path = {"PATH": f"{stubs}{os.pathsep}/usr/bin{os.pathsep}/bin", "RECORD": str(record)}
         environment = {**os.environ, **SLURM, "SLURM_SUBMIT_DIR": str(self.folder), **path, **command.environment}
-        done = subprocess.run(argv, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         lines = record.read_text().splitlines()
         assert lines, f"{command}: started nothing"
@@ -213,7 +213,7 @@ class Reader:
                 self.must_exist(path)
 
     def _make(self, argv: list[str]) -> None:
-        done = subprocess.run(["make", "-n", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["make", "-n", *argv], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         if "quickstart" in argv:
             [line] = re.findall(r"adapt (quickstart.*)", done.stdout)
