@@ -76,7 +76,7 @@ def kill(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def finish(processes: list[BaseProcess], log: Path, timeout: float = 300) -> list[int | None]:
+def finish(processes: list[BaseProcess], log: Path, timeout: float = 600) -> list[int | None]:
     """The exit codes; whoever has not ended after `timeout` s is killed and has none."""
     deadline = time.monotonic() + timeout
     for process in processes:

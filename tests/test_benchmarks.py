@@ -17,7 +17,7 @@ def _benchmark(*arguments: object) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, BENCHMARKS / "train.py", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=root, env={**os.environ, "PYTHONPATH": path}
+        command, capture_output=True, text=True, timeout=600, cwd=root, env={**os.environ, "PYTHONPATH": path}
     )
 
 

@@ -158,7 +158,7 @@ def test_a_closed_pipe_is_quiet(verbs: None, tmp_path: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=600) == 141
 
 
 def test_help_does_not_import_torch() -> None:

@@ -114,7 +114,7 @@ def test_the_launcher_ends_with_the_rank_that_dies_and_a_restart_goes_on(argv, t
     ranks = [p for p in started if "train.py" in " ".join(p.cmdline()[1:3])]
     assert len(ranks) == 2
     ranks[-1].kill()
-    said, _ = process.communicate(timeout=400)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     assert said.count("300 steps of 8 rows on 2 ranks") == 1  # rank 0 alone speaks
     assert "Warning" not in said
@@ -204,7 +204,7 @@ def test_a_mistake_is_told_once_and_not_by_every_rank(argv, folder, free_port, l
     mistaken = argv("never", training__deepspeed="zero2", data__train=folder / "none.jsonl")
     if launcher:
         process = two_ranks(mistaken, free_port)
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode != 0
     else:
         log = folder / "never.log"

@@ -200,7 +200,7 @@ def _stand_in(folder: Path, name: str, body: str) -> None:
 def _script(project: Path, name: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | environment
     command = ["bash", f"launch/{name}", *argv]
-    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("form", [[], ["--config"]], ids=["recipe", "--config"])
@@ -270,7 +270,7 @@ def test_slurm_job_that_nears_its_limit_saves_and_is_queued_again(project: Path,
         job.send_signal(signal.SIGUSR1)
     else:
         os.kill(int((project / "started").read_text()), signal.SIGTERM)
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=600)
     assert job.returncode == (0 if near_limit else 143)
     requeued = ["scancel --signal=TERM 7", "scontrol requeue 7"] if near_limit else []
     assert (project / "said").read_text().splitlines() == ["scontrol show hostnames node-[0-1]", *requeued]

@@ -157,11 +157,11 @@ def two_ranks(argv: list[str], port: int) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> str:
     """What a launch printed; an AssertionError with it if the launch failed."""
     try:
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # the launcher takes its ranks with it
         output, _ = process.communicate()
-        raise AssertionError(f"no end after 400 s:\n{output}") from None
+        raise AssertionError(f"no end after 600 s:\n{output}") from None
     assert process.returncode == 0, output
     return output
 
