@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adapt
 from adapt.arguments import CommandParser
 from adapt.files.model_folder import check_model_folder, is_diffusion_checkpoint
+from adapt.files.provenance import git_revision
 from adapt.model.precision import DTYPES, compute_dtype_of
 from adapt.progress import doing, say
 
@@ -168,7 +169,7 @@ def compare(
     sources = {
         "command": command or "adapt_eval.compare.compare(...)",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git_revision": provenance.git_revision(),
+        "git_revision": git_revision(),
         "versions": provenance.versions(),
         "hardware": hardware(where),
         "device": str(where),
