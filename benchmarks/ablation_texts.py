@@ -19,6 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.trainer_utils import set_seed
 
+from adapt.files.staging import write_whole
+
 LARGEST_BLOCK = 32  # of all arms, whose block sizes divide it
 AFTER_PROMPTS = 64  # texts sampled side by side after prompts: their cache grows with the length of the longest
 
@@ -195,9 +197,7 @@ def saved_chunk(
     path = folder / (f"texts-{seed}.json" if prompts is None else f"texts-{rows}x{max_new_tokens}-{seed}.json")
     if not path.exists():
         chunk = sample(base, seed, rows) if prompts is None else answer(base, seed, prompts, max_new_tokens)
-        staged = path.with_suffix(".incomplete")
-        staged.write_text(json.dumps(chunk))
-        staged.rename(path)
+        write_whole(path, json.dumps(chunk))
     chunk = Chunk(*json.loads(path.read_text()))
     if prompts is not None and chunk.contexts != prompts:
         raise ValueError(f"--work={folder}: its texts were sampled after other prompts; give another folder")

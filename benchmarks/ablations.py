@@ -183,7 +183,7 @@ def _run_and_write(given: Any) -> None:
     from ablation_runs import ar_nll, texts_of
     from ablation_texts import LARGEST_BLOCK, num_parameters, read_prompts, write_base
 
-    from adapt_eval.measure import provenance
+    from adapt.files.provenance import git_revision
 
     # 1. Texts.
     base = write_base(given.base, work / "base", end_is_start=not given.prompts)
@@ -201,7 +201,7 @@ def _run_and_write(given: Any) -> None:
     texts_of(texts, max(plan.tokens, plan.tune_tokens))
     # 2. Runs.
     done = ablation_figures.read_runs(runs, without_failed=given.retry)
-    about_run = {"revision": provenance.git_revision(), "hardware": ablation_figures.hardware()}
+    about_run = {"revision": git_revision(), "hardware": ablation_figures.hardware()}
 
     def on_done(task: Any, row: dict[str, Any]) -> None:
         row |= about_run

@@ -6,7 +6,6 @@ A part is a function that yields what it has found so far. What it has yielded i
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from shapes import SHAPES, Workload, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
+from adapt.files.staging import write_whole
 from adapt.model.precision import compute_dtype_of
 from adapt_eval.measure import speed, writers
 
@@ -160,9 +160,7 @@ def run_part(run: Callable[[Setting], Iterator[Found]], setting: Setting, result
 
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all, so that a kill leaves what stood there before."""
-    beside = path.with_name(f".{path.name}.incomplete")
-    beside.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def main(argv: list[str]) -> None:

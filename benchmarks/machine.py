@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from adapt_eval.measure import provenance
+from adapt.files.provenance import git_revision
+from adapt_eval.measure.provenance import versions
 
 
 def machine(script: str, threads: int | None = None) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def machine(script: str, threads: int | None = None) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-        "git_revision": provenance.git_revision(),
-        "versions": provenance.versions(),
+        "git_revision": git_revision(),
+        "versions": versions(),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -29,7 +29,7 @@ from shapes import Workload, write_documents, write_model
 from train import RESULTS
 
 from adapt.arguments import CommandParser
-from adapt_eval.measure import provenance
+from adapt.files.provenance import git_revision
 
 TOLERANCE = 0.15
 STEPS = 3
@@ -189,7 +189,7 @@ def check(names: list[str], allocator: dict[str, str]) -> list[dict[str, Any]]:
                     "planned": plan,
                     "error": plan["total"] / taken - 1,
                     "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "revision": provenance.git_revision(),
+                    "revision": git_revision(),
                     "settings": settings,
                     "rows": workload.batch,
                     "seq_len": argv[argv.index("--data.seq_len") + 1],

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.arguments import CommandParser
+from adapt.files.provenance import git_revision
 from adapt.progress import doing, say
 
 from .arms import choose_prompts, model_of, speed_arm
@@ -166,7 +167,7 @@ def compare(
     sources = {
         "command": command or "adapt_eval.compare.compare(...)",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git_revision": provenance.git_revision(),
+        "git_revision": git_revision(),
         "versions": provenance.versions(),
         "hardware": hardware(where),
         "device": str(where),

@@ -28,6 +28,7 @@ from adapt.export import export as export_module
 from adapt.export.export import export
 from adapt.export.model_card import license_of
 from adapt.files.safetensors_folder import INDEX
+from adapt_eval.report.page import write_report
 
 # What decodes differently; every one of them with and without left padding.
 KINDS = {
@@ -392,8 +393,9 @@ def _report(checkpoint: Path) -> dict:
 
 def test_the_card_shows_the_figures_of_this_checkpoint_with_their_warnings(exported, tmp_path) -> None:
     checkpoint, _ = exported("prefix")
-    report = tmp_path / "report.json"
-    report.write_text(json.dumps(_report(checkpoint)))
+    found = _report(checkpoint)
+    found["provenance"]["command"] = f"adapt compare --base={tmp_path}/base --adapted {checkpoint} --tasks gsm8k"
+    report = write_report(found, tmp_path / "compared") / "report.json"
     card = ModelCard.load(export(checkpoint, tmp_path / "out", report=report, license="mit") / "README.md")
     assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
         "mit",
@@ -405,6 +407,8 @@ def test_the_card_shows_the_figures_of_this_checkpoint_with_their_warnings(expor
     assert "Some rows rest on 25 items only" in card.text
     assert "| gsm8k | exact_match,strict | 25 | 50.0 %" in card.text
     assert "max_new_tokens=64, threshold=0.7)" in card.text, "the example decodes as the figures were measured"
+    assert f"adapt compare --base=base --adapted {checkpoint.name} --tasks gsm8k" in card.text
+    assert str(tmp_path.parent) not in card.text
 
 
 def test_the_licence_is_the_one_that_the_base_names(exported, base_folder, tmp_path) -> None:
@@ -432,6 +436,7 @@ def test_bad_requests_are_one_line_and_write_nothing(exported, base_folder, tmp_
     (tmp_path / "there").mkdir()
     (tmp_path / "other.json").write_text(json.dumps(_report(other)))
     (tmp_path / "bad.json").write_text('{"quality": []}')
+    (tmp_path / "alone.json").write_text(json.dumps(_report(checkpoint)))
     cases = [
         ([checkpoint, "there"], "out=there: exists already"),
         ([checkpoint, "new", "--format", "gguf"], "format=gguf: choose one of hf"),
@@ -441,6 +446,7 @@ def test_bad_requests_are_one_line_and_write_nothing(exported, base_folder, tmp_
         ([checkpoint, "new", "--report", "nowhere"], "report=nowhere: no such file"),
         ([checkpoint, "new", "--report", "bad.json"], "report=bad.json: not a report.json of `adapt compare`"),
         ([checkpoint, "new", "--report", "other.json"], f"report=other.json: is about {other}"),
+        ([checkpoint, "new", "--report", "alone.json"], "report=alone.json: has no report.md beside it"),
         ([checkpoint, "new", "--sampler.threshold", "2"], "sampler.threshold=2"),
         ([base_folder("llama"), "new"], "its config.json has no `diffusion` section"),
         (["nowhere/at/all", "new"], "checkpoint=nowhere/at/all: no such folder"),

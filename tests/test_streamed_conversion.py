@@ -395,3 +395,18 @@ def test_too_little_room_is_said_before_anything_is_written(base_folder, tmp_pat
     with pytest.raises(ValueError, match=r"out=.*: needs 0\.0 GB, but its disk has 0\.0 GB free; nothing was written"):
         convert(base_folder("qwen3"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_leaves_what_stood_there(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    staging.write_whole(path, "one\n")
+
+    def half(beside):
+        beside.write_text("tw")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        staging.write_whole(path, half)
+    assert path.read_text() == "one\n"
+    staging.write_whole(path, b"three", to_disk=True)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("metrics.jsonl", b"three")]

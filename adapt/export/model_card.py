@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..decoding.settings import SamplerConfig
+from ..files.provenance import checkpoint_sha256
 from ..spec import DiffusionSpec
 
 TAGS = ["custom_generate", "diffusion", "masked-diffusion", "text-diffusion"]
@@ -24,8 +25,15 @@ _ATTENTION = {
 }
 
 
-def read_report(path: str | Path, checkpoint: Path) -> dict[str, Any]:
-    """The report.json of `adapt compare` about this checkpoint; ValueError where it is not one, or about other weights."""
+class Report(NamedTuple):
+    """What `adapt compare` has written about a checkpoint: report.json, and report.md beside it."""
+
+    figures: dict[str, Any]
+    text: str
+
+
+def read_report(path: str | Path, checkpoint: Path) -> Report:
+    """The report of this checkpoint by its report.json; ValueError where it is not one, or about other weights."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         adapted = report["provenance"]["arms"]["adapted"]
@@ -38,15 +46,29 @@ def read_report(path: str | Path, checkpoint: Path) -> dict[str, Any]:
         ) from error
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"report={path}: not a report.json of `adapt compare` ({error!r})") from error
-    from adapt_eval.measure.provenance import safetensors_sha256
-
-    here: dict[str, Any] = {"config_sha256": hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()}
-    here["safetensors"] = {file.name: safetensors_sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
+    here = checkpoint_sha256(checkpoint)
     if any(name in adapted and adapted[name] != here[name] for name in here):
         raise ValueError(
             f"report={path}: is about {adapted.get('path')}, whose files are not those of {checkpoint}; compare this one"
         )
-    return report
+    beside = Path(path).with_name("report.md")
+    if not beside.is_file():
+        raise ValueError(
+            f"report={path}: has no report.md beside it; leave it in the folder that `adapt compare` has written"
+        )
+    return Report(report, _without_paths(beside.read_text(encoding="utf-8"), report["provenance"].get("command")))
+
+
+def _without_paths(text: str, command: Any) -> str:
+    """The report, in whose command files and folders of this machine stand by their names."""
+    if not isinstance(command, str):
+        return text
+
+    def named(word: str) -> str:
+        option, equals, value = word.rpartition("=")
+        return option + equals + (Path(value).name if value.startswith(("/", "~")) else value)
+
+    return text.replace(command, shlex.join(map(named, shlex.split(command))))
 
 
 def hub_base(spec: DiffusionSpec) -> str | None:
@@ -79,7 +101,7 @@ def write_card(
     sampler: SamplerConfig,
     *,
     license: str | None,
-    report: Mapping[str, Any] | None,
+    report: Report | None,
     has_chat_template: bool,
 ) -> None:
     """Writes README.md with the metadata that the Hub reads."""
@@ -90,7 +112,7 @@ def write_card(
         license=license,
         base_model=hub_base(spec),
         model_name=name if report else None,
-        eval_results=_eval_results(report) if report else None,
+        eval_results=_eval_results(report.figures) if report else None,
     )
     parts = [
         f"# {name}",
@@ -100,9 +122,7 @@ def write_card(
         _settings(sampler),
     ]
     if report is not None:
-        from adapt_eval.report.page import render_markdown
-
-        parts.append(re.sub(r"^#", "##", render_markdown(report).strip(), flags=re.MULTILINE))
+        parts.append(re.sub(r"^#", "##", report.text.strip(), flags=re.MULTILINE))
     else:
         parts += [
             "## Comparison with the original",
@@ -124,8 +144,8 @@ def _about(spec: DiffusionSpec) -> str:
     )
 
 
-def _usage(name: str, spec: DiffusionSpec, report: Mapping[str, Any] | None, has_chat_template: bool) -> str:
-    measured = (report or {}).get("provenance", {}).get("sampler") or {}
+def _usage(name: str, spec: DiffusionSpec, report: Report | None, has_chat_template: bool) -> str:
+    measured = (report.figures["provenance"].get("sampler") if report else None) or {}
     chosen = {k: v for k, v in measured.items() if v is not None and v != getattr(SamplerConfig(), k, None)}
     more = "".join(f", {key}={value!r}" for key, value in sorted(chosen.items()))
     note = "\nThese are the settings that the figures below were measured with.\n" if chosen else ""

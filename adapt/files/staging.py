@@ -1,4 +1,4 @@
-"""A folder appears under its name whole, or not at all: it is made beside it, brought to disk, and renamed.
+"""A folder or a file appears under its name whole, or not at all: it is made beside it and renamed.
 
 What a killed run left is recognised (it has a lock that nobody holds) and removed by the next run for the same name.
 """
@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +69,27 @@ def publish(staged: Path, out: Path) -> None:
             raise
         raise ValueError(f"out={out}: appeared meanwhile; choose a new folder (nothing was overwritten)") from error
     sync(out.parent)
+
+
+def write_whole(path: Path, content: str | bytes | Callable[[Path], None], *, to_disk: bool = False) -> None:
+    """Writes a file beside and renames it, so that a kill leaves what stood there before, or nothing.
+
+    content: text (UTF-8), bytes, or a function that writes to a path. to_disk: it is there on return.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.incomplete")  # two processes may write the same file
+    try:
+        if callable(content):
+            content(beside)
+        else:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        if to_disk:
+            sync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if to_disk:
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import set_seed
 
 from ..conversion.convert import convert
 from ..files.json_file import read_json
-from ..files.model_folder import check_model_folder, check_no_code, is_diffusion_checkpoint
+from ..files.model_folder import check_loaded, check_model_folder, check_no_code, is_diffusion_checkpoint
 from ..lm import load
 from ..model.kernels import _no_flex_attention, default_kernel
 from ..model.parts import decoder_layers
@@ -150,9 +150,7 @@ def prepared(folder: Path, recipe: Recipe, spec: DiffusionSpec, args: TrainingAr
         **({} if ours.quantization is None else {"quantization_config": lora.nf4(compute_dtype(recipe))}),
     )
     model, loading = loaded
-    absent = sorted(loading["missing_keys"])
-    if absent:
-        raise ValueError(f"model.base={ours.base}: has no weights for {', '.join(absent[:3])}; it is not complete")
+    check_loaded(loading, f"model.base={ours.base}")
     model.config.use_cache = False
     # Some models ship a generation config that transformers refuses to write again; the base's file is copied at the end.
     model.generation_config = GenerationConfig.from_model_config(model.config)

@@ -19,13 +19,14 @@ in the test split comes from that fifth with probability 1/2: what is measured i
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
+
+from adapt.files.staging import write_whole
 
 from .pools import POOLS, SCHEMAS, Schema, Value
 
@@ -77,8 +78,8 @@ def write_dataset(folder: str | Path, *, train: int = 2000, test: int = 400, see
     stream = examples("train", seed=seed, exclude=frozenset(example["text"] for example in held_out))
     for name, rows in (("train", (next(stream) for _ in range(train))), ("test", held_out)):
         lines = (json.dumps({k: row[k] for k in ("prompt", "completion")}, ensure_ascii=False) for row in rows)
-        _write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-    _write(folder / f"{TASK}.yaml", task_yaml(folder))
+        write_whole(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+    write_whole(folder / f"{TASK}.yaml", task_yaml(folder))
     return folder
 
 
@@ -130,12 +131,6 @@ def _keys(rng: Random, keys: list[str]) -> list[str]:
 
 def _pick(rng: Random, options: Any) -> Any:
     return options[int(rng.random() * len(options))]
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    beside.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:

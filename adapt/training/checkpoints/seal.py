@@ -5,24 +5,21 @@ A checkpoint without it was cut short by a kill; one that does not agree with it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ...files import staging
+from ...files import provenance, staging
+from ...files.provenance import sampled_files, sha256
 
 COMPLETE = "COMPLETE"
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_DISTRIBUTIONS = ("accelerate", "adapt-dlm", "deepspeed", "peft", "torch", "transformers")
 _THREADS = 4  # hashlib frees the GIL; one thread hashes 1.4 GB/s with SHA instructions, so a disk sets the pace, not we
 _SECONDS_FOR_LISTINGS = 60  # a network filesystem may show a new file to other nodes that much later
 
@@ -40,14 +37,9 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         for name, size_and_hash in share.items()
     }
     if _rank() == 0:
-        beside = folder / f".{COMPLETE}.incomplete"
-        with beside.open("w") as file:
-            json.dump({**facts, "files": files}, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(folder / COMPLETE)
-        for directory in (folder, folder.parent):
-            staging.sync(directory)
+        content = json.dumps({**facts, "files": files}, indent=1, sort_keys=True)
+        staging.write_whole(folder / COMPLETE, content, to_disk=True)
+        staging.sync(folder.parent)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -89,17 +81,10 @@ def _hashed(folder: Path, names: Iterable[str], *, sync: bool = False) -> dict[s
         if sync:
             staging.sync(folder / name)
         with (folder / name).open("rb") as file:
-            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _sha256(file)}
+            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": sha256(file)}
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(one, names), strict=True))
-
-
-def _sha256(file) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    while size := file.readinto(buffer):
-        digest.update(memoryview(buffer)[:size])
-    return digest.hexdigest()
 
 
 def _same_listing(folder: Path) -> list[str]:
@@ -142,49 +127,12 @@ def _world_size() -> int:
 
 
 def data_files(train: str | list[str]) -> dict[str, dict[str, Any]]:
-    """Local training files by name: size, and the sha256 of at most 4 MiB spread over the file, so that it costs no time.
-
-    Not the time of modification: a copy or a checkout changes that and no example. A Hub dataset has none.
-    """
-    paths = [Path(name) for name in ([train] if isinstance(train, str) else train)]
-    return {str(path): {"bytes": path.stat().st_size, "sha256": _sampled(path)} for path in paths if path.is_file()}
-
-
-def _sampled(path: Path) -> str:
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
-            return _sha256(file)
-        for i in range(_SAMPLES):  # the first and the last bytes among them
-            file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    """Local training files by name, as they are now (`sampled_files`). A Hub dataset has none."""
+    return sampled_files(Path(name) for name in ([train] if isinstance(train, str) else train))
 
 
 def versions() -> dict[str, str]:
     """Distribution -> version of what a curve depends on, Python and the git revision of this code."""
-    found = {"python": platform.python_version(), "git": _git_revision() or "not in a checkout"}
-    for name in ("accelerate", "adapt-dlm", "deepspeed", "peft", "torch", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _git_revision() -> str | None:
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", here.name) is None:  # installed, inside of somebody else's checkout
-        return None
-    revision = git("rev-parse", "HEAD")
-    return revision and revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return provenance.versions({name: name for name in _DISTRIBUTIONS}) | {
+        "git": provenance.git_revision() or "not in a checkout"
+    }

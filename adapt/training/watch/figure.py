@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from ...files.staging import write_whole
 from .run_lines import UNITS, Run, X, smoothed
 
 FORMATS = ("pdf", "png", "svg")
@@ -61,9 +61,7 @@ def draw(runs: list[Run], x: str, y: str, smooth: float, out: Path) -> None:
     few = sum(len(run.label) + 8 for run in runs) <= 90  # what fits side by side over the axes
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": len(runs)} if few else {"loc": "outside right upper"}
     figure.legend(fontsize=8.5, frameon=False, **place)
-    beside = out.with_name(f".{out.name}.incomplete")
-    figure.savefig(beside, format=out.suffix[1:].lower(), dpi=300)
-    os.replace(beside, out)
+    write_whole(out, lambda beside: figure.savefig(beside, format=out.suffix[1:].lower(), dpi=300))
 
 
 def _scale(x: str, largest: float) -> tuple[float, str]:

@@ -25,7 +25,6 @@ The keys of metrics.jsonl. Means are over all tokens of all ranks since the last
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -36,6 +35,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
+
+from ...files.staging import write_whole
 
 _COUNTS = ("num_tokens", "num_useful", "num_clean")  # of what was computed, whatever came of it
 _SUMS = (
@@ -132,9 +133,7 @@ def drop_lines_after(path: Path, step: int) -> list[dict]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if _step(line) <= step]
-    beside = path.with_name(f".{path.name}.incomplete")
-    beside.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(beside, path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
     return [json.loads(line) for line in kept]
 
 

@@ -1,0 +1,94 @@
+"""Where something comes from: files by hash, packages by version, this code by revision."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import struct
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_HASHED_WHOLE = 4 << 30  # bytes; a few seconds
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+def sha256(file: Path | BinaryIO) -> str:
+    """Of a file, or of the rest of one that is open."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256(opened)
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    while size := file.readinto(buffer):  # pyright: ignore[reportAttributeAccessIssue]
+        digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()
+
+
+def sampled_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Files by name: size, and the sha256 of at most 4 MiB spread over the file, so that it costs no time.
+
+    Not the time of modification: a copy or a checkout changes that and no content. What is no file is left out.
+    """
+    return {str(path): {"bytes": path.stat().st_size, "sha256": _sampled(path)} for path in paths if path.is_file()}
+
+
+def _sampled(path: Path) -> str:
+    size, digest = path.stat().st_size, hashlib.sha256()
+    if size <= _SAMPLES * _SAMPLE_BYTES:
+        return sha256(path)
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):  # the first and the last bytes among them
+            file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def checkpoint_sha256(folder: Path) -> dict[str, Any]:
+    """sha256 of a model folder's config.json and of its safetensors; nothing for a Hub id."""
+    if not (folder / "config.json").is_file():
+        return {}
+    weights = {file.name: _safetensors_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    return {"config_sha256": sha256(folder / "config.json"), "safetensors": weights}
+
+
+def _safetensors_sha256(path: Path) -> dict[str, str]:
+    """Of the header (names, types, shapes; cheap at any size) and, of files up to 4 GiB, of all of it."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        found = {"header_sha256": hashlib.sha256(file.read(length)).hexdigest()}
+    if path.stat().st_size <= _HASHED_WHOLE:
+        found["sha256"] = sha256(path)
+    return found
+
+
+def versions(distributions: Mapping[str, str]) -> dict[str, str]:
+    """Python's version, and by the keys of {key: distribution} those of packages; this one's from its source where not installed."""
+    import adapt
+
+    found = {"python": platform.python_version()}
+    for key, distribution in distributions.items():
+        try:
+            found[key] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            found[key] = adapt.__version__ if distribution == "adapt-dlm" else "not installed"
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout that this file lies in, `-dirty` if it has changes; None outside of one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", here.name) is None:  # installed, inside of somebody else's checkout
+        return None
+    revision = git("rev-parse", "HEAD")
+    return revision and revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
