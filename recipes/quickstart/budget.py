@@ -34,12 +34,8 @@ _ROUND_POSITIONS = 6000  # a round of speed, all arms, batch sizes 1 and 8
 _SPEED_ROUNDS = 3
 
 _AIM = 0.95  # share of the minutes that is planned with
-_COMPARISON = (
-    0.3  # at most, so that it cannot carry the whole beyond 1.25 of the minutes if the machine halves under it
-)
-_TRAINED_OF_PROBED = (
-    0.85  # positions/s of training beside the probe's: head, optimizer and clipping are not in the probe
-)
+_COMPARISON = 0.3  # of them, at most: if the machine halves just then, the whole ends within 1.25 of the minutes
+_TRAINED_OF_PROBED = 0.85  # positions/s of training by the probe's, which has no head, optimizer and clipping
 _AROUND_TRAINING = 45.0  # seconds: a launch, loading and writing, before they have been measured
 _AROUND_COMPARISON = 30.0  # seconds: converting, loading three arms
 
@@ -108,13 +104,8 @@ def planned(minutes: float, positions_per_s: float, spent: float, precision: str
 def with_adapted(plan: Plan, positions_per_s: float, around: float, spent: float) -> Plan:
     """The plan with the adapted arm's minutes: all that is left beside the comparison. around: seconds of a launch."""
     assert plan.minutes is not None
-    left = (
-        60 * _AIM * plan.minutes
-        - spent
-        - around
-        - _AROUND_COMPARISON
-        - _comparison_seconds(plan.minutes, positions_per_s)
-    )
+    comparison = _AROUND_COMPARISON + _comparison_seconds(plan.minutes, positions_per_s)
+    left = 60 * _AIM * plan.minutes - spent - around - comparison
     needed = plan.num_train * _positions("adapted") / positions_per_s
     return dataclasses.replace(plan, adapted_minutes=max(left, 0.25 * needed) / 60)
 
@@ -125,9 +116,9 @@ def with_comparison(plan: Plan, positions_per_s: float, spent: float) -> Plan:
     left = 60 * plan.minutes - spent - _AROUND_COMPARISON
     for rounds in range(_SPEED_ROUNDS, 0, -1):
         items = int((left * positions_per_s - rounds * _ROUND_POSITIONS) / _ITEM_POSITIONS)
-        if items >= FEWEST_ITEMS * rounds / _SPEED_ROUNDS or rounds == 1:
-            return dataclasses.replace(plan, num_items=min(max(items, FEWEST_ITEMS), ALL_ITEMS), speed_rounds=rounds)
-    raise AssertionError
+        if items >= FEWEST_ITEMS:
+            break
+    return dataclasses.replace(plan, num_items=min(max(items, FEWEST_ITEMS), ALL_ITEMS), speed_rounds=rounds)
 
 
 def in_words(plan: Plan) -> str:
@@ -181,5 +172,7 @@ def _affordable(minutes: float, positions_per_s: float, spent: float) -> int:
 
 
 def _comparison_seconds(minutes: float, positions_per_s: float) -> float:
+    """What the comparison is planned to take: all of it, or its share of the minutes, but not less than the least of it."""
     whole = (ALL_ITEMS * _ITEM_POSITIONS + _SPEED_ROUNDS * _ROUND_POSITIONS) / positions_per_s
-    return min(whole, _COMPARISON * 60 * minutes)
+    least = (FEWEST_ITEMS * _ITEM_POSITIONS + _ROUND_POSITIONS) / positions_per_s
+    return max(least, min(whole, _COMPARISON * 60 * minutes))

@@ -35,10 +35,11 @@ from .smollm2 import fetch_smollm2
 from .tiny_base import write_tiny_base
 
 SAMPLER = SamplerConfig(threshold=0.95, order="left_to_right", canvas_length=8)
-FAST = Plan(num_train=200, num_items=16, speed_rounds=1)
+_FAST_ITEMS = 16
+_FAST = Plan(num_train=200, num_items=_FAST_ITEMS, speed_rounds=1)
 _FAST_OVERRIDES = ("--training.num_epochs", "1", "--model.torch_compile", "false")
 _FAST_NOTICE = (
-    "This run proves the path and not the method: its model is random and tiny (0.2M parameters), so its scores and its "
+    "This run proves the path and not the method: its model is random and tiny (0.1M parameters), so its scores and its "
     "speeds mean nothing."
 )
 _MADE = ("base", "data", "control", "adapted-init", "adapted", "report", "quickstart.json")
@@ -60,31 +61,25 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
     if fast:
         progress.say(f"note: {_FAST_NOTICE}")
 
-    def keep(changed: Plan) -> Plan:
-        (out / "quickstart.json").write_text(
-            json.dumps(settings | {"plan": dataclasses.asdict(changed)}, indent=2) + "\n"
-        )
-        return changed
-
     step(1, "the base model")
     base = out / "base"
     if not base.exists():
         _write_tiny_base(base) if fast else gguf_to_folder(fetch_smollm2(), base)
     if plan is None:
-        plan = keep(FAST if fast else _measured_plan(base, minutes, spent))
+        plan = _FAST if fast else _measured_plan(base, minutes, spent)
+        _keep(out, settings, plan)
     if not fast:
         progress.say(budget.in_words(plan))
 
-    step(2, f"the data: {plan.num_train:,} training and {budget.ALL_ITEMS} test examples of sentence -> JSON")
-    data = write_dataset(
-        out / "data", train=plan.num_train, test=FAST.num_items if fast else budget.ALL_ITEMS, seed=seed
-    )
+    num_test = _FAST_ITEMS if fast else budget.ALL_ITEMS
+    step(2, f"the data: {plan.num_train:,} training and {num_test} test examples of sentence -> JSON")
+    data = write_dataset(out / "data", train=plan.num_train, test=num_test, seed=seed)
 
     step(3, "train the control arm: the original, fine-tuned autoregressively")
     begun = spent()
     control = _train("control", base, out, plan, seed, fast)
-    told = {"control": outcome(out / "control")}
-    around = max(spent() - begun - told["control"].training_seconds, 0.0)
+    trained = {"control": outcome(out / "control")}
+    around = max(spent() - begun - trained["control"].training_seconds, 0.0)
 
     step(4, "convert the control: prefix attention, a mask token")
     init = out / "adapted-init"
@@ -92,13 +87,15 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
         convert(control, init, attention="prefix", shift_logits=True)
 
     if plan.adapted_minutes is None and not fast:
-        plan = keep(budget.with_adapted(plan, told["control"].positions_per_s, around, spent()))
+        plan = budget.with_adapted(plan, trained["control"].positions_per_s, around, spent())
+        _keep(out, settings, plan)
     step(5, "train the adapted arm: masked diffusion on the same data")
     adapted = _train("adapted", init, out, plan, seed, fast)
-    told["adapted"] = outcome(out / "adapted")
+    trained["adapted"] = outcome(out / "adapted")
 
     if plan.num_items is None:
-        plan = keep(budget.with_comparison(plan, told["adapted"].positions_per_s, spent()))
+        plan = budget.with_comparison(plan, trained["adapted"].positions_per_s, spent())
+        _keep(out, settings, plan)
     step(6, f"compare: original, control and adapted, quality on {plan.num_items} items and speed")
     # adapt_eval sits beside adapt, and brings lm-eval with it: only this step needs it.
     comparison = importlib.import_module("adapt_eval.compare")
@@ -119,7 +116,7 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
         seed=seed,
         overwrite=True,
         notice=_FAST_NOTICE if fast else None,
-        notes=[] if fast else budget.warnings(plan, told),
+        notes=[] if fast else budget.warnings(plan, trained),
         command="adapt quickstart" + (" --fast" if fast else f" --minutes {minutes:g}"),
     )
     comparison.announce(report, out / "report")
@@ -140,6 +137,10 @@ def _kept_plan(out: Path, settings: dict) -> Plan | None:
             f"out={out}: holds a quickstart with {found}, not {settings}; add --fresh, or choose another --out"
         )
     return None if plan is None else Plan(**plan)
+
+
+def _keep(out: Path, settings: dict, plan: Plan) -> None:
+    (out / "quickstart.json").write_text(json.dumps(settings | {"plan": dataclasses.asdict(plan)}, indent=2) + "\n")
 
 
 def _measured_plan(base: Path, minutes: float, spent: Callable[[], float]) -> Plan:
@@ -176,7 +177,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=1, help="keys data, noise and sampling")
     parser.add_argument("--fresh", action="store_true", help="start again instead of reusing what an earlier run left")
     arguments = parser.parse_args(argv)
-    if not 0 < arguments.minutes < float("inf"):
+    if arguments.minutes <= 0:
         raise ValueError(f"minutes={arguments.minutes}: must be above 0, such as 20")
     out = Path(arguments.out or ("quickstart-fast" if arguments.fast else "quickstart"))
     if arguments.fresh and out.exists():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def write_tiny_base(base: Path, text: str) -> None:
-    """Writes a random Llama of 0.2 M parameters, with a tokenizer trained on `text`, as a Hugging Face folder."""
+    """Writes a random Llama of 0.1 M parameters, with a tokenizer trained on `text`, as a Hugging Face folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
