@@ -66,13 +66,16 @@ def compare(
     overwrite: bool = False,
     progress: bool = True,
     command: str | None = None,
+    notice: str | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report (DESIGN.md 4.4), which is also written to `out` as JSON, Markdown and HTML with lm-eval's samples.
 
     base, control: causal LMs; adapted: a diffusion checkpoint. All arms stand in one process with one dtype, device and
     attention kernel. base_num_fewshot: examples in the original's prompt alone. sweep: more thresholds for the
     quality-speed curve. speed_repeats: rounds, 0 = do not measure. dtype: default bfloat16 where the device computes it
-    natively, else float32. Raises ValueError for what the user can mend, before any model is loaded where that can be known.
+    natively, else float32. notice: the first sentence of the report and its first warning. notes: warnings before its own.
+    Raises ValueError for what the user can mend, before any model is loaded where that can be known.
     """
     started, sampler = time.time(), sampler or adapt.SamplerConfig()
     check_numbers(limit, batch_size, speed_prompts, speed_batch_sizes, speed_repeats, sweep)
@@ -149,7 +152,7 @@ def compare(
 
     # 5. What the numbers are worth, where they come from, and the report.
     measured = {r["batch_size"] for r in rows}
-    warnings = caveats(
+    warnings = [*([notice] if notice else []), *notes] + caveats(
         quality=quality,
         speed=rows,
         results=results,
@@ -187,7 +190,7 @@ def compare(
     }
     report = {
         "provenance": sources, "quality": quality, "likelihood": likelihood, "speed": rows, "pareto": pareto,
-        "warnings": warnings,
+        "warnings": warnings, "notice": notice,
     }  # fmt: skip
     with doing("writing the report", shown=progress):
         write_report(report, out, samples={arm: r["samples"] for arm, r in results.items()}, overwrite=overwrite)

@@ -93,7 +93,7 @@ def test_a_resumed_run_has_the_time_that_was_left(
 
 @pytest.mark.parametrize("value", ["0", "-1", ".inf", ".nan"])
 def test_a_limit_that_is_none_is_refused(material: tuple[Path, Path], tmp_path: Path, value: str) -> None:
-    with pytest.raises(ValueError, match="training.max_minutes="):
+    with pytest.raises(ValueError, match=r"training\.max_minutes="):
         run(material, tmp_path / "out", training__max_minutes=value)
     assert not (tmp_path / "out").exists()
 

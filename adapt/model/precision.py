@@ -72,6 +72,8 @@ def resolved_precision(precision: str, device: torch.device | str | None = None)
 
 def about_precision(asked: str, device: torch.device | str | None = None) -> str | None:
     """One line on what was chosen and why, or a warning where bf16 was asked for and is emulated; None where nothing is to be said."""
+    if asked == "fp32":
+        return None
     native, kind = has_native_bf16(device), _kind(device)
     if kind == "cpu":
         bf16, fp32 = cpu_speed()
@@ -87,16 +89,16 @@ def about_precision(asked: str, device: torch.device | str | None = None) -> str
 
 
 def default_dtype(stored: torch.dtype | str | None, device: torch.device | str | None = None) -> torch.dtype:
-    """The dtype to load weights in that are stored as `stored`: that one, or float32 where the device would emulate it.
-
-    Weights in float32 stay so: half of their bits are not given away unasked.
+    """The dtype to load weights in that are stored as `stored`: that one, or float32 where the device would emulate it, as
+    CPUs do float16. Weights in float32 stay so: half of their bits are not given away unasked.
     """
     if isinstance(stored, str):
         stored = getattr(torch, stored.removeprefix("torch."), None)
     if stored not in (torch.bfloat16, torch.float16):
         return torch.float32
     assert isinstance(stored, torch.dtype)
-    return stored if (_kind(device) != "cpu" and stored == torch.float16) or has_native_bf16(device) else torch.float32
+    is_native = _kind(device) != "cpu" if stored == torch.float16 else has_native_bf16(device)
+    return stored if is_native else torch.float32
 
 
 def compute_dtype_of(device: torch.device | str | None = None) -> torch.dtype:

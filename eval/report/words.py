@@ -99,7 +99,7 @@ def headline(report: Mapping[str, Any]) -> str:
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
     """What came out, computed from the numbers: scores and differences with intervals, a verdict, speed."""
-    parts = []
+    parts = [report["notice"]] if report.get("notice") else []
     row = primary(report)
     if row is not None:
         against = ["base", "control"] if row.get("vs_control") else ["base"]

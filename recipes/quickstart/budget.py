@@ -8,18 +8,21 @@ SmolLM2-135M on the extraction task.
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .arms import Outcome
+
 ALL_EXAMPLES, FEWEST_EXAMPLES = 2600, 40
 ALL_ITEMS, FEWEST_ITEMS = 200, 60
-_CONTROL_POSITIONS = 65  # of an example and pass: prompt and answer, rows 94 % full
-_ADAPTED_POSITIONS = 107  # the same and four canvases of 8
-_ADAPTED_PASSES = 1.14
+_CONTROL_POSITIONS = 64.4  # of an example and pass: prompt and answer, rows 94 % full
+_ADAPTED_POSITIONS = 102.2  # the same and four canvases of 8
+_ADAPTED_PASSES = 1.2  # as adapted.yaml says
 _ROW = {"control": 256, "adapted": 320}
 _MOST_ROWS = {"control": 8, "adapted": 6}
 _FEWEST_STEPS = {"control": 60, "adapted": 80}
@@ -31,8 +34,8 @@ _ROUND_POSITIONS = 6000  # a round of speed, all arms, batch sizes 1 and 8
 _SPEED_ROUNDS = 3
 
 _AIM = 0.95  # share of the minutes that is planned with
-_COMPARISON = 0.3  # at most, so that it cannot carry the whole beyond 1.25 of the minutes if the machine halves under it
-_TRAINED_OF_PROBED = 0.85  # positions/s of training beside the probe's: head, optimizer and clipping are not in the probe
+_COMPARISON = 0.3  # of them, at most: if the machine halves just then, the whole ends within 1.25 of the minutes
+_TRAINED_OF_PROBED = 0.85  # positions/s of training by the probe's, which has no head, optimizer and clipping
 _AROUND_TRAINING = 45.0  # seconds: a launch, loading and writing, before they have been measured
 _AROUND_COMPARISON = 30.0  # seconds: converting, loading three arms
 
@@ -41,33 +44,30 @@ _AROUND_COMPARISON = 30.0  # seconds: converting, loading three arms
 class Plan:
     """What a quickstart does, and what it is based on. Kept in quickstart.json, so that a second start goes on with it."""
 
-    minutes: float
-    precision: str
-    positions_per_s: float
-    """of training, as probed"""
     num_train: int
-    control_minutes: float
-    """at most, of training alone"""
+    minutes: float | None = None
+    """that everything may take; None = as long as it takes"""
+    precision: str | None = None
+    positions_per_s: float = 0.0
+    """of training, as measured before it began"""
+    control_minutes: float | None = None
+    """of training alone, at most"""
     adapted_minutes: float | None = None
-    """set when the control is there"""
+    """the same; known when the control is there"""
     num_items: int | None = None
-    """of the comparison; set when the adapted arm is there"""
+    """of the comparison; known when the adapted arm is there"""
     speed_rounds: int = _SPEED_ROUNDS
 
-    @property
-    def is_cut(self) -> bool:
-        return self.num_train < ALL_EXAMPLES
-
     def rows_per_step(self, arm: str) -> int:
-        """Packed rows in a step: as in the recipe, fewer where there would be too few steps."""
+        """Packed rows in a step: those of the recipe, fewer where there would be too few steps."""
         rows = self.num_train * _positions(arm) / _ROW[arm]
         return int(min(max(rows / _FEWEST_STEPS[arm], 2), _MOST_ROWS[arm]))
 
-    def num_steps(self, arm: str) -> int:
-        return max(1, round(self.num_train * _positions(arm) / _ROW[arm] / self.rows_per_step(arm)))
-
-    def save(self, path: Path, **settings: object) -> None:
-        path.write_text(json.dumps({**settings, "plan": dataclasses.asdict(self)}, indent=2) + "\n")
+    def overrides(self, arm: str) -> tuple[str, ...]:
+        """Of the arm's recipe."""
+        rows, minutes = str(self.rows_per_step(arm)), self.control_minutes if arm == "control" else self.adapted_minutes
+        batch = ("--training.global_batch_size", rows, "--training.micro_batch_size", rows)
+        return (*batch, "--training.max_minutes", f"{minutes:.2f}")
 
 
 def measured_rate(base: Path, dtype: torch.dtype) -> float:
@@ -92,38 +92,71 @@ def planned(minutes: float, positions_per_s: float, spent: float, precision: str
     """The plan, `spent` seconds after the start; ValueError if the minutes do not buy the fewest examples."""
     num_train = _affordable(minutes, positions_per_s, spent)
     if num_train < FEWEST_EXAMPLES:
-        enough = next(m for m in range(int(minutes) + 1, 100_000) if _affordable(m, positions_per_s, spent) >= FEWEST_EXAMPLES)
-        raise ValueError(
-            f"minutes={minutes:g}: this machine ({precision}, {positions_per_s:.0f} positions/s) trains on {max(num_train, 0)} examples "
-            f"in that time, which teaches nothing; give --minutes {enough} or more"
-        )
+        bought = f"buy {max(num_train, 0)} examples on this machine ({precision}, {positions_per_s:.0f} positions/s)"
+        enough = _minutes_for(FEWEST_EXAMPLES, positions_per_s)
+        raise ValueError(f"minutes={minutes:g}: {bought}, which teach nothing; give --minutes {enough} or more")
     num_train = min(num_train, ALL_EXAMPLES)
     # A tenth more than it should take: it is there to end what goes wrong, not to cut what goes well.
     control = 1.1 * num_train * _CONTROL_POSITIONS / positions_per_s
-    return Plan(minutes, precision, positions_per_s, num_train, control / 60)
+    return Plan(num_train, minutes, precision, positions_per_s, control / 60)
 
 
 def with_adapted(plan: Plan, positions_per_s: float, around: float, spent: float) -> Plan:
     """The plan with the adapted arm's minutes: all that is left beside the comparison. around: seconds of a launch."""
-    left = 60 * _AIM * plan.minutes - spent - around - _AROUND_COMPARISON - _comparison_seconds(plan.minutes, positions_per_s)
+    assert plan.minutes is not None
+    comparison = _AROUND_COMPARISON + _comparison_seconds(plan.minutes, positions_per_s)
+    left = 60 * _AIM * plan.minutes - spent - around - comparison
     needed = plan.num_train * _positions("adapted") / positions_per_s
     return dataclasses.replace(plan, adapted_minutes=max(left, 0.25 * needed) / 60)
 
 
 def with_comparison(plan: Plan, positions_per_s: float, spent: float) -> Plan:
     """The plan with the items and rounds of the comparison that fit into what is left."""
+    assert plan.minutes is not None
     left = 60 * plan.minutes - spent - _AROUND_COMPARISON
     for rounds in range(_SPEED_ROUNDS, 0, -1):
         items = int((left * positions_per_s - rounds * _ROUND_POSITIONS) / _ITEM_POSITIONS)
-        if items >= FEWEST_ITEMS * rounds / _SPEED_ROUNDS or rounds == 1:
-            return dataclasses.replace(plan, num_items=min(max(items, FEWEST_ITEMS), ALL_ITEMS), speed_rounds=rounds)
-    raise AssertionError
+        if items >= FEWEST_ITEMS:
+            break
+    return dataclasses.replace(plan, num_items=min(max(items, FEWEST_ITEMS), ALL_ITEMS), speed_rounds=rounds)
 
 
-def minutes_for_all(plan: Plan) -> int:
-    """The minutes that would buy all examples at the plan's rate."""
-    spent = 60.0
-    return next(m for m in range(1, 100_000) if _affordable(m, plan.positions_per_s, spent) >= ALL_EXAMPLES)
+def in_words(plan: Plan) -> str:
+    """`this CPU: fp32, 95 positions/s; 20 minutes buy 330 of 2,600 examples for either arm; --minutes 90 buys all`"""
+    machine = f"this {_machine()}: {plan.precision}, {plan.positions_per_s:,.0f} positions/s"
+    if plan.num_train == ALL_EXAMPLES:
+        return f"{machine}; {plan.minutes:g} minutes buy all {ALL_EXAMPLES:,} examples for either arm"
+    bought = f"{plan.minutes:g} minutes buy {plan.num_train:,} of {ALL_EXAMPLES:,} examples for either arm"
+    return f"{machine}; {bought}; --minutes {_minutes_for(ALL_EXAMPLES, plan.positions_per_s)} buys all"
+
+
+def warnings(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """What the minutes have cut, as sentences for the report."""
+    said = []
+    if plan.num_train < ALL_EXAMPLES:
+        enough = _minutes_for(ALL_EXAMPLES, plan.positions_per_s)
+        said.append(
+            f"Cut to {plan.minutes:g} minutes: both arms were trained on {plan.num_train:,} of {ALL_EXAMPLES:,} examples "
+            f"({plan.precision}, {plan.positions_per_s:,.0f} positions/s); --minutes {enough} trains on all."
+        )
+    planned_passes = {"control": 1.0, "adapted": _ADAPTED_PASSES}
+    short = {arm: run.passes for arm, run in outcomes.items() if run.passes < 0.95 * planned_passes[arm]}
+    for arm, passes in short.items():
+        seen = f"{passes:.2f} of {planned_passes[arm]:.2f} passes over the {plan.num_train:,} examples"
+        said.append(f"The clock ended the training of the {arm} arm early, after {seen}.")
+    if short:
+        said.append("So the arms were not trained on the same tokens.")
+    return said
+
+
+def _minutes_for(num_train: int, positions_per_s: float) -> int:
+    """The fewest minutes that buy so many examples at that rate."""
+    spent = 60.0  # until the plan is made
+    return next(m for m in itertools.count(1) if _affordable(m, positions_per_s, spent) >= num_train)
+
+
+def _machine() -> str:
+    return "GPU" if torch.cuda.is_available() else "CPU"
 
 
 def _positions(arm: str) -> float:
@@ -139,5 +172,7 @@ def _affordable(minutes: float, positions_per_s: float, spent: float) -> int:
 
 
 def _comparison_seconds(minutes: float, positions_per_s: float) -> float:
+    """What the comparison is planned to take: all of it, or its share of the minutes, but not less than the least of it."""
     whole = (ALL_ITEMS * _ITEM_POSITIONS + _SPEED_ROUNDS * _ROUND_POSITIONS) / positions_per_s
-    return min(whole, _COMPARISON * 60 * minutes)
+    least = (FEWEST_ITEMS * _ITEM_POSITIONS + _ROUND_POSITIONS) / positions_per_s
+    return max(least, min(whole, _COMPARISON * 60 * minutes))
