@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -19,7 +20,7 @@ from transformers import Trainer, TrainerState
 
 from ... import progress
 from ...attention.layout import Layout
-from ..data.batch import Batch, PackedRows
+from ..data.batch import PackedRows
 from ..loss.terms import log_sums, noised_loss, terms_of
 from ..recipe import Recipe
 from .metrics import RunningMetrics
@@ -36,7 +37,7 @@ class Evaluation:
         self.is_ar, self.has_ar_loss = rows.canvases.is_ar, rows.canvases.has_ar_loss
         self.noised_loss = noised_loss(recipe, rows.canvases, teacher=None)
 
-    def is_due(self, last_log: int, state: TrainerState) -> bool:
+    def is_due(self, last_log: float, state: TrainerState) -> bool:
         """Whether a step to be scored has come since the last log, or the run ends; the same for a run that was resumed."""
         return state.global_step // self.every > last_log // self.every or state.global_step >= state.max_steps
 
@@ -65,9 +66,10 @@ class Evaluation:
 
     def _batch_sums(self, trainer: Trainer, k: int, num_chunks: int) -> torch.Tensor:
         rows = range(k * self.batch_size, min((k + 1) * self.batch_size, len(self.rows)))
-        batch: Batch = send_to_device(trainer.data_collator([self.rows[row] for row in rows]), trainer.args.device)
+        batch: Any = send_to_device(trainer.data_collator([self.rows[row] for row in rows]), trainer.args.device)
         weight = torch.ones((), device=trainer.args.device)
-        _, nats = trainer.accelerator.unwrap_model(trainer.model)(
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        _, nats = model(
             input_ids=batch["input_ids"],
             layout=Layout(batch["document_ids"], batch["view_ids"], batch["position_ids"], batch["context_lengths"]),
             pieces=batch["pieces"],
@@ -81,7 +83,7 @@ class Evaluation:
 @contextmanager
 def _evaluating(trainer: Trainer) -> Iterator[None]:
     """Inside, no gradients and no dropout; after it modules and random numbers are as before."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
