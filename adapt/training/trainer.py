@@ -163,9 +163,7 @@ class DiffusionTrainer(Trainer):
         self.state.epoch = self.train_dataset.epochs(self.state.global_step * self.recipe.training.global_batch_size)
         if "loss" in logs:
             before = next((line for line in reversed(self.state.log_history) if "loss" in line), {})
-            evaluation = self.evaluation
-            if evaluation is not None and evaluation.is_due(before.get("step", 0), self.state):
-                logs |= evaluation.scores(self, self.metrics, self._num_chunks())
+            logs |= self._scores(before.get("step", 0))
             loss_of_good_steps, num_skipped = self.guard.report_bad_steps(self)
             if loss_of_good_steps is not None:
                 logs["loss"] = loss_of_good_steps
@@ -177,6 +175,13 @@ class DiffusionTrainer(Trainer):
             if not (self.is_ar or self.recipe.noise.kind == "absorbing"):
                 del logs["mask_ratio"]  # all tokens are predicted, noised or not
         super().log(logs, start_time)
+
+    def _scores(self, last_log: int) -> dict[str, float]:
+        """Held-out losses, where they are due; not after a signal, whose checkpoint has to be written within seconds."""
+        evaluation = self.evaluation
+        if evaluation is None or self.requests.stopped or not evaluation.is_due(last_log, self.state):
+            return {}
+        return evaluation.scores(self, self.metrics, self._num_chunks())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, None if state_dict is None else without_ties(self.model, state_dict))
