@@ -20,6 +20,7 @@ import adapt
 from adapt.attention.layout import Layout
 from adapt.cli import main as cli
 from adapt.conversion import copy_weights as weights
+from adapt.conversion.base_model import name_of
 from adapt.conversion.convert import convert
 from adapt.model.forward import hidden_states
 from adapt.model.head import output_head
@@ -227,6 +228,14 @@ def test_the_mask_token_is_one_row_that_config_and_tokenizer_agree_on(tmp_path, 
     assert AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().num_embeddings == rows
 
 
+@pytest.mark.parametrize("folder, name", [("my-llama", "my-llama"), ("runs/guide/model", "guide")])
+def test_a_base_is_called_what_it_is_called_elsewhere(base_folder, tmp_path, monkeypatch, folder, name):
+    shutil.copytree(base_folder("qwen3"), tmp_path / folder)
+    monkeypatch.chdir(tmp_path / folder)
+    assert name_of(".") == name_of(tmp_path / folder) == name
+    assert name_of("owner/name") == "owner/name"
+
+
 def test_chat_template_generation_config_and_unknown_keys_survive(base_folder, tmp_path):
     base = shutil.copytree(base_folder("qwen3"), tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -239,7 +248,7 @@ def test_chat_template_generation_config_and_unknown_keys_survive(base_folder, t
     assert after == {**before, "mask_token_id": VOCABULARY}
     assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(base).chat_template
     assert DiffusionSpec(**written["diffusion"]) == DiffusionSpec(
-        attention="prefix", mask_token_id=VOCABULARY, shift_logits=True, base_model=str(base)
+        attention="prefix", mask_token_id=VOCABULARY, shift_logits=True, base_model=base.name
     )
     changed = {key for key in config.keys() | written.keys() if config.get(key) != written.get(key)}
     assert changed == {"diffusion", "from_the_future"}

@@ -411,24 +411,27 @@ def test_the_card_shows_the_figures_of_this_checkpoint_with_their_warnings(expor
     assert str(tmp_path.parent) not in card.text
 
 
-def test_the_licence_is_the_one_that_the_base_names(exported, base_folder, tmp_path) -> None:
-    lm = adapt.load(exported("prefix")[0], device="cpu")
-    base = tmp_path / "base"
-    base.mkdir()
-    spec = dataclasses.replace(lm.spec, base_model=str(base))
-    assert license_of(exported("prefix")[0], spec) is None
-    (base / "README.md").write_text("no metadata")
-    assert license_of(exported("prefix")[0], spec) is None
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    assert license_of(exported("prefix")[0], spec) == "apache-2.0"
+def test_the_licence_that_the_base_names_goes_with_what_is_made_of_it(base_folder, tmp_path) -> None:
+    base = shutil.copytree(base_folder("qwen3"), tmp_path / "base")
+    for text, found in (
+        ("no metadata", None),
+        ("---\nlicense: apache-2.0\n---\n# Base\nIt beats all others.", "apache-2.0"),
+    ):
+        (base / "README.md").write_text(text)
+        out = adapt.convert(base, tmp_path / f"out-{found}", attention="prefix", verify=False)
+        assert license_of(out, adapt.load(out, device="cpu", verify=False).spec) == found
+    assert (out / "README.md").read_text() == '---\nlicense: "apache-2.0"\n---\n'
+    (tmp_path / "secret").write_text("---\nlicense: mit\n---\n")
+    (base / "README.md").unlink()
+    (base / "README.md").symlink_to(tmp_path / "secret")
+    assert not (adapt.convert(base, tmp_path / "linked", verify=False) / "README.md").exists()
 
 
-def test_an_export_tells_a_stranger_no_path_of_this_machine(exported) -> None:
-    checkpoint, folder = exported("prefix")
-    base = Path(json.loads((checkpoint / "config.json").read_text())["diffusion"]["base_model"])
-    for file in folder.rglob("*"):
-        if file.is_file():
-            assert str(base.parent).encode() not in file.read_bytes(), file
+def test_a_checkpoint_and_its_export_tell_a_stranger_no_path_of_this_machine(exported, tmp_path_factory) -> None:
+    here = str(tmp_path_factory.getbasetemp()).encode()
+    for folder in exported("prefix"):
+        for file in folder.rglob("*"):
+            assert not file.is_file() or here not in file.read_bytes(), file
 
 
 def test_bad_requests_are_one_line_and_write_nothing(exported, base_folder, tmp_path, monkeypatch, capsys) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_fixtures import losses, recipe_argv, write_base, write_pairs
 from transformers import (
     BioGptConfig,
@@ -21,7 +24,7 @@ from transformers import (
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from adapt.training.recipe import DataConfig, ModelConfig, Recipe, TrainingConfig, parse_recipe
-from adapt.training.start_model import attention_kernel, probe_kernel
+from adapt.training.start_model import attention_kernel, diffusion_checkpoint, probe_kernel
 from adapt.training.train import train
 
 NO_DROPOUT = {"attention_dropout": 0.0}
@@ -113,3 +116,29 @@ def test_a_base_with_attention_dropout_trains_and_with_flex_attention_nothing_is
     assert not (tmp_path / "out" / "converted").exists()
     train(parse_recipe(argv))
     assert list(losses(tmp_path / "out")) == [1]
+
+
+def test_what_was_converted_earlier_goes_with_the_same_base_alone(tmp_path: Path) -> None:
+    """By content: a base that was moved is the same, other weights under its path are not."""
+    base, out = write_base(tmp_path / "base"), tmp_path / "out"
+
+    def converted(base: Path) -> Path:
+        named = replace(recipe(), model=ModelConfig(base=str(base)))
+        return diffusion_checkpoint(named, out, is_main=True)
+
+    assert converted(base) == out / "converted"
+    base = base.rename(tmp_path / "moved")
+    assert converted(base) == out / "converted"
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(base, tmp_path / "base")
+    with pytest.raises(ValueError, match=r"earlier from .*moved;"):
+        converted(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"earlier from .*moved, where model.safetensors has changed since; remove it"):
+        converted(base)
+    (out / "converted_from.json").unlink()  # a run from before it was written
+    assert converted(tmp_path / "base") == out / "converted"
+    (out / "converted_from.json").unlink()
+    with pytest.raises(ValueError, match="was converted earlier from base; remove it"):
+        converted(base)

@@ -32,7 +32,7 @@ from ..files.staging import is_full_disk
 
 # Without any of them transformers makes an empty tokenizer, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
-_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", *_LICENCES)
+_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", *_LICENCES)
 # What the keys of a config are called whose numbers count modules, and whose are a size of tensors.
 _COUNTS = re.compile(r"layers?$|heads?$|experts?$|^n_(layer|head)|groups?$|num_hidden|depth")
 _SIZES = re.compile(r"size|dim$|_dim_|rank|embd|inner|positions|position_embeddings|vocab|window|length|channels|width")
@@ -77,6 +77,17 @@ def fetch(base: str | Path, scratch: Path, *, trust_remote_code: bool = False) -
             f"base={base}: no such folder here, and the Hub does not give it ({type(error).__name__}: {reason})"
         ) from error
     return snapshot, snapshot.name
+
+
+def name_of(base: str | Path) -> str:
+    """What a base is called where this machine's paths mean nothing: its Hub id, or the name of its folder or file.
+
+    A run leaves its model in a folder called `model`: there the run's own name stands.
+    """
+    if not Path(base).exists():
+        return str(base)
+    path = Path(base).resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def read_config(source: Path, base: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

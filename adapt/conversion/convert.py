@@ -95,7 +95,7 @@ def convert(
         clean_context=clean_context,
         noise=noise,
         p_uniform=p_uniform,
-        base_model=str(base),
+        base_model=sources.name_of(base),
     )
     _check_weights_settings(dtype, pad_to_multiple_of, mask_init_std)
     if not str(base).endswith(".gguf"):
@@ -103,33 +103,35 @@ def convert(
     with scratch_beside(out) as scratch:
         # 1. Everything that can be refused before weights are copied.
         with progress.doing(f"reading {base}"):
-            given = _read_base(base, adapter, scratch, trust_remote_code)
-        config = given.config
-        tokenizer = sources.read_tokenizer(given.folder, base, given.num_rows, trust_remote_code=trust_remote_code)
-        mask_token_id, num_rows = add_mask_token(tokenizer, given.num_rows, mask_token, given.token_ids_in_use())
+            original = _read_base(base, adapter, scratch, trust_remote_code)
+        config = original.config
+        tokenizer = sources.read_tokenizer(
+            original.folder, base, original.num_rows, trust_remote_code=trust_remote_code
+        )
+        mask_token_id, num_rows = add_mask_token(tokenizer, original.num_rows, mask_token, original.token_ids_in_use())
         num_rows += -num_rows % (pad_to_multiple_of or 1)
-        spec = dataclasses.replace(spec, mask_token_id=mask_token_id, base_revision=given.revision)
+        spec = dataclasses.replace(spec, mask_token_id=mask_token_id, base_revision=original.revision)
         rows = NewRows(num_rows, mask_token_id, mask_init_std, seed)
-        per_layer = per_layer_rows(given.stored, given.num_rows, rows)
-        config.vocab_size, config.dtype = num_rows, given.dtype if dtype is None else DTYPES[dtype]
+        per_layer = per_layer_rows(original.stored, original.num_rows, rows)
+        config.vocab_size, config.dtype = num_rows, original.dtype if dtype is None else DTYPES[dtype]
         for table in per_layer.values():
             config.vocab_size_per_layer_input = table.num_rows
         staged = scratch / "checkpoint"
         copy = weights.Copy(
-            given.shards,
+            original.shards,
             staged,
-            dict.fromkeys(given.embeddings, rows) | per_layer,
+            dict.fromkeys(original.embeddings, rows) | per_layer,
             dtype=None if dtype is None else config.dtype,
-            keep_dtype=weights.kept_in_float32(given.skeleton, given.stored, config.dtype),
+            keep_dtype=weights.kept_in_float32(original.skeleton, original.stored, config.dtype),
         )
         check_space(out, copy.num_bytes)
         # 2. The folder, under another name: what is about the weights, and they.
         staged.mkdir()
-        _write_about(staged, given, tokenizer, spec, trust_remote_code)
-        with copy.writing(out) as (readable, rest):
+        _write_config_and_tokenizer(staged, original, tokenizer, spec, trust_remote_code)
+        with copy.writing(out) as (readable, copy_done):
             # 3. The proof, while they are written.
             if verify:
-                _verify(staged, readable, type(given.skeleton), spec, attn_implementation, trust_remote_code, rest)
+                _verify(staged, readable, original, spec, attn_implementation, trust_remote_code, copy_done)
         publish(staged, out)
     return out
 
@@ -138,6 +140,8 @@ def convert(
 class _Base:
     """What is known of a base before its weights are copied."""
 
+    name: str | Path
+    """as the user gave it"""
     folder: Path
     revision: str | None
     config: PretrainedConfig
@@ -154,8 +158,14 @@ class _Base:
 
     def token_ids_in_use(self) -> frozenset[int]:
         """Ids that mean the end or padding, which the tokenizer need not know of."""
-        told = [self.generation.get("eos_token_id"), self.generation.get("pad_token_id"), self.config.eos_token_id]
-        return frozenset(i for ids in told for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+        ids_of_each = [
+            self.generation.get("eos_token_id"),
+            self.generation.get("pad_token_id"),
+            self.config.eos_token_id,
+        ]
+        return frozenset(
+            i for ids in ids_of_each for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)
+        )
 
 
 def _read_base(base: str | Path, adapter: Path | None, scratch: Path, trust_remote_code: bool) -> _Base:
@@ -174,7 +184,7 @@ def _read_base(base: str | Path, adapter: Path | None, scratch: Path, trust_remo
         raise ValueError(f"base={base}: {' and '.join(embeddings)} have different numbers of rows; download it again")
     generation = _generation_config(folder, config, base)
     dtype = weights.stored_dtype(shards)
-    return _Base(folder, revision, config, generation, skeleton, shards, stored, embeddings, num_rows, dtype)
+    return _Base(base, folder, revision, config, generation, skeleton, shards, stored, embeddings, num_rows, dtype)
 
 
 def _check_attention(attention: str, block_size: int | None, clean_context: str | None) -> None:
@@ -207,7 +217,7 @@ def _generation_config(source: Path, config: PretrainedConfig, base: str | Path)
     return made
 
 
-def _write_about(
+def _write_config_and_tokenizer(
     out: Path, base: _Base, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, trust_remote_code: bool
 ) -> None:
     """Config, generation config, tokenizer, licence."""
@@ -227,11 +237,11 @@ def _write_about(
 def _verify(
     folder: Path,
     shards: dict[str, Shard],
-    model_class: type[PreTrainedModel],
+    original: _Base,
     spec: DiffusionSpec,
     kernel: str | Callable[[PretrainedConfig], str] | None,
     trust_remote_code: bool,
-    copying: Future[None],
+    copy_done: Future[None],
 ) -> None:
     """Raises ValueError unless the model of these weights attends as promised, and the tokenizer still knows the mask token."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -245,7 +255,7 @@ def _verify(
     options: dict[str, Any] = {"dtype": config.dtype, "writing": folder} | (
         {} if kernel is None else {"attn_implementation": kernel}
     )
-    probe_in_place(model_class, config, shards, spec, f"base={spec.base_model}", copying, **options)
+    probe_in_place(type(original.skeleton), config, shards, spec, f"base={original.name}", copy_done, **options)
 
 
 def main(argv: list[str]) -> None:

@@ -132,10 +132,10 @@ def _write_model(
     names = {name for shard in shards.values() for name in shard.tensors}
     copy = Copy(shards, staged, {}, dtype=cast, keep_dtype=kept_in_float32(model, names, loaded_as))
     check_space(out, copy.num_bytes)
-    with copy.writing(out) as (readable, rest):
+    with copy.writing(out) as (readable, copy_done):
         written = AutoConfig.from_pretrained(staged)
         probe_in_place(
-            type(model), written, readable, spec, f"checkpoint={source}", rest, writing=staged, dtype=loaded_as
+            type(model), written, readable, spec, f"checkpoint={source}", copy_done, writing=staged, dtype=loaded_as
         )
 
 

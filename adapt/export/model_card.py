@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..decoding.settings import SamplerConfig
+from ..files.model_folder import licence_named
 from ..files.provenance import checkpoint_sha256
 from ..spec import DiffusionSpec
 
@@ -77,15 +78,9 @@ def hub_base(spec: DiffusionSpec) -> str | None:
 
 
 def license_of(checkpoint: Path, spec: DiffusionSpec) -> str | None:
-    """The licence that the checkpoint's card names, or its base's, here or on the Hub; None where nobody says."""
-    for folder in (checkpoint, Path(spec.base_model)):
-        if (folder / "README.md").is_file():
-            try:
-                found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict().get("license")
-            except ValueError:  # no metadata, or not YAML
-                continue
-            if found:
-                return str(found)
+    """The licence that the checkpoint's card names, or its base's on the Hub; None where nobody says."""
+    if (found := licence_named(checkpoint)) is not None:
+        return found
     if (base := hub_base(spec)) is not None:
         try:
             return ModelCard.load(base, ignore_metadata_errors=True).data.to_dict().get("license")

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from yaml import YAMLError
 
 
 def is_diffusion_checkpoint(folder: str | Path) -> bool:
@@ -58,11 +60,26 @@ def check_no_code(
         )
 
 
+def licence_named(folder: Path) -> str | None:
+    """The licence that the folder's model card (README.md) names in its metadata; None where it names none."""
+    try:
+        found = (metadata_load(folder / "README.md") or {}).get("license")
+    except (OSError, ValueError, YAMLError):  # no card, or no metadata in it
+        return None
+    return found if isinstance(found, str) else None
+
+
 def copy_extras(source: Path, out: Path, *, trust_remote_code: bool) -> None:
-    """Copies the licence, and the model's own Python where it is trusted; what a link brings from elsewhere is left out."""
+    """Copies the licence, its name (as a card of one line), and the model's own Python where it is trusted.
+
+    What a link brings from elsewhere is left out.
+    """
     # In the Hub's cache every file is a link into `blobs` of the same repository.
     homes = [source.resolve(), source.resolve().parent.parent / "blobs"]
     for path in sorted(source.iterdir()):
         wanted = path.name in _LICENCES or (trust_remote_code and path.suffix == ".py")
         if wanted and path.is_file() and path.resolve().parent in homes:
             shutil.copyfile(path, out / path.name)
+        # The card itself says things that are not true of a model that is made of this one.
+        if path.name == "README.md" and path.resolve().parent in homes and (named := licence_named(source)):
+            (out / "README.md").write_text(f"---\nlicense: {json.dumps(named)}\n---\n", encoding="utf-8")

@@ -45,6 +45,14 @@ def _sampled(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_files(base: str | Path) -> dict[str, dict[str, Any]]:
+    """`sampled_files` of a model folder or a .gguf file, by their bare names; nothing for a Hub id."""
+    path = Path(base)
+    names = ("config.json", "adapter_config.json", "*.safetensors")
+    files = [path] if path.is_file() else [file for name in names for file in sorted(path.glob(name))]
+    return {Path(name).name: found for name, found in sampled_files(files).items()}
+
+
 def checkpoint_sha256(folder: Path) -> dict[str, Any]:
     """sha256 of a model folder's config.json and of its safetensors; nothing for a Hub id."""
     if not (folder / "config.json").is_file():

@@ -101,10 +101,10 @@ def probe_in_place(
     shards: Mapping[str, Shard],
     spec: DiffusionSpec,
     what: str,
-    copying: Future[None],
+    copy_done: Future[None],
     **options: Any,
 ) -> None:
-    """Probes all layers of the model on the weights of these shards, which others are `copying` meanwhile; options: of `mapped_model`.
+    """Probes all layers of the model on the weights of these shards, which are copied meanwhile; options: of `mapped_model`.
 
     Raises ValueError, of `what` where a weight is missing, unless the model attends as the spec promises; and what goes wrong with
     the copy, before the next forward.
@@ -112,8 +112,8 @@ def probe_in_place(
     cores = torch.get_num_threads()
 
     def all_cores_when_copied(*_: Any) -> None:
-        if copying.done():
-            copying.result()
+        if copy_done.done():
+            copy_done.result()
             torch.set_num_threads(cores)
 
     torch.set_num_threads(max(1, cores - 1))  # OpenMP threads that wait for a core spin

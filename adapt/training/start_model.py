@@ -20,9 +20,12 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from ..conversion.base_model import name_of
 from ..conversion.convert import convert
 from ..files.json_file import read_json
 from ..files.model_folder import check_loaded, check_model_folder, check_no_code, is_diffusion_checkpoint
+from ..files.provenance import model_files
+from ..files.staging import write_whole
 from ..lm import load
 from ..model.kernels import _no_flex_attention, default_kernel
 from ..model.parts import decoder_layers
@@ -88,7 +91,9 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
             load(base, device="cpu", attn_implementation=probe_kernel(recipe, AutoConfig.from_pretrained(base)))
         return Path(base)
     converted = output_dir / "converted"
-    if not converted.exists() and is_main:
+    if converted.exists() and is_main:
+        _check_same_base(base, converted)
+    elif is_main:
         convert(
             base,
             converted,
@@ -101,11 +106,45 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
             shift_logits=bool(recipe.model.shift_logits),
             attn_implementation=partial(probe_kernel, recipe),
         )
+    if is_main:
+        _note_base(base, converted)
     what = "was converted earlier with {}; remove it, or choose another training.output_dir"
-    spec = _check_same_spec(recipe, converted, what)
-    if spec.base_model != base:
-        raise ValueError(f"model.base={base}: {converted} {what.format(spec.base_model)}")
+    _check_same_spec(recipe, converted, what)
     return converted
+
+
+def _note_base(base: str, converted: Path) -> None:
+    """Writes beside `converted` what it is made of."""
+    write_whole(_note(converted), json.dumps({"base": base, "files": model_files(base)}, indent=1) + "\n")
+
+
+def _check_same_base(base: str, converted: Path) -> None:
+    """ValueError where `converted` was made of something else: by content where the base lies here, by id where on the Hub.
+
+    So a base that was moved is the same, and other weights under its path are not.
+    """
+    if not _note(converted).is_file():  # from before there were notes, or a kill came between
+        spec = DiffusionSpec.of(AutoConfig.from_pretrained(converted), converted)
+        before, now = {"base": spec.base_model, "files": {}}, {}
+        is_same = spec.base_model in (base, name_of(base))
+    else:
+        before, now = read_json(_note(converted), f"training.output_dir={converted.parent}"), model_files(base)
+        is_same = before["files"] == now and (bool(now) or before["base"] == base)
+    if is_same:
+        return
+    changed = f", where {_first_change(before['files'], now)} has changed since" if before["base"] == base else ""
+    raise ValueError(
+        f"model.base={base}: {converted} was converted earlier from {before['base']}{changed}; remove it, or choose another "
+        "training.output_dir"
+    )
+
+
+def _note(converted: Path) -> Path:
+    return converted.with_name(f"{converted.name}_from.json")
+
+
+def _first_change(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
 
 
 def _check_same_spec(recipe: Recipe, folder: Path, what: str) -> DiffusionSpec:

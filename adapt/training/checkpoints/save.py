@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, Trainer
 
+from ...files.model_folder import copy_extras
 from ...files.staging import publish
 from .. import lora
 from ..engine.arguments import compute_dtype, whole_weights
@@ -77,6 +78,7 @@ def save_final(trainer: Trainer, recipe: Recipe, base_folder: Path, final: Path)
             AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
         if (base_folder / "generation_config.json").is_file():
             shutil.copyfile(base_folder / "generation_config.json", staged / "generation_config.json")
+        copy_extras(base_folder, staged, trust_remote_code=False)
         (staged / "training_args.bin").unlink(
             missing_ok=True
         )  # a pickle of this machine's settings; config.yaml says more
