@@ -8,6 +8,7 @@ costs seconds. `plain` is one process without DeepSpeed. A kill fell into a save
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -68,10 +69,11 @@ def _rank(argv: list[str], rank: int, ranks: int, port: int, log: str, patch: st
 
 
 def kill(processes: list[BaseProcess]) -> None:
-    """SIGKILL to all of them at once."""
+    """SIGKILL to all of them at once; one that has ended is left."""
     for process in processes:
         assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
     for process in processes:
         process.join()
 

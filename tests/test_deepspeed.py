@@ -182,6 +182,7 @@ def test_lora_the_mask_row_and_a_teacher_under_zero3_have_the_curve_of_one_rank(
     assert rows.any(1).nonzero().flatten().tolist() == [mask]
 
 
+@pytest.mark.exhaustive
 def test_lora_with_accumulation_under_zero3_survives_sigkill_to_the_bit(train_two, kill_ranks, folder) -> None:
     settings = {"model__lora": {"r": 4}, "training__learning_rate": 0.02, "training__deepspeed": "zero3"}
     settings |= {"training__micro_batch_size": 2}  # 2 ranks x 2 rows: accumulates twice
