@@ -176,7 +176,7 @@ class DiffusionTrainer(Trainer):
                 del logs["mask_ratio"]  # all tokens are predicted, noised or not
         super().log(logs, start_time)
 
-    def _scores(self, last_log: int) -> dict[str, float]:
+    def _scores(self, last_log: float) -> dict[str, float]:
         """Held-out losses, where they are due; not after a signal, whose checkpoint has to be written within seconds."""
         evaluation = self.evaluation
         if evaluation is None or self.requests.stopped or not evaluation.is_due(last_log, self.state):
