@@ -31,7 +31,7 @@ from transformers import (
 from .. import progress
 from ..arguments import CommandParser
 from ..files import adapters
-from ..files.model_folder import check_model_folder, copy_extras
+from ..files.model_folder import check_model_folder, copy_extras, mark_untrained
 from ..files.safetensors_folder import Shard
 from ..files.staging import check_space, publish, scratch_beside
 from ..model.precision import DTYPES
@@ -168,6 +168,7 @@ def _write_config_and_tokenizer(
     generation = {**base.generation, "mask_token_id": spec.mask_token_id}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(out)
+    mark_untrained(out)
     copy_extras(base.folder, out, trust_remote_code=trust_remote_code)
 
 
