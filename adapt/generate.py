@@ -18,6 +18,7 @@ from . import progress
 from .arguments import CommandParser
 from .decoding.rounds import GenerateOutput
 from .decoding.settings import SamplerConfig
+from .files.model_folder import is_untrained
 from .lm import load
 from .tokens import Chat, check_prompts
 
@@ -60,6 +61,10 @@ def main(argv: list[str]) -> None:
         check_prompts(prompts, arguments.batch_size)
     loading = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device", "trust_remote_code")}
     lm = load(arguments.checkpoint, **loading)
+    if is_untrained(arguments.checkpoint) and arguments.adapter is None:
+        progress.say(
+            f"note: {arguments.checkpoint} is converted and not trained yet: it writes filler; `adapt train` comes first"
+        )
     started = time.perf_counter()
     how = {"sampler": sampler, "seed": arguments.seed, "show": arguments.show}
     if arguments.infill is not None:

@@ -296,7 +296,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(base_folder, tmp_path, monke
     def full(*_args, **_options):
         raise error
 
-    monkeypatch.setattr(weights, "_copy_bytes", full)
+    monkeypatch.setattr(weights, "copy_bytes", full)
     assert cli(["convert", str(base_folder("gemma3")), str(tmp_path / "out")]) == 1
     assert (
         capsys.readouterr()

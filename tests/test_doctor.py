@@ -105,6 +105,22 @@ def test_missing_libaio_is_named_with_its_package(monkeypatch: pytest.MonkeyPatc
     assert check.mend == "apt-get install libaio-dev"
 
 
+def test_what_a_linker_says_stays_out_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+
+    def missing() -> str:
+        subprocess.run(["sh", "-c", "echo 'ld: cannot find -laio' >&2"], check=True)
+        return "libaio"
+
+    monkeypatch.setattr("adapt.training.engine.nvme.missing_for_nvme", missing)
+    assert [check.ok for check in doctor._deepspeed_ops() if check.name == "op async_io"] == [False]
+    assert "cannot find" not in "".join(capfd.readouterr())
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
+
+
 @pytest.mark.distributed
 def test_two_ranks_add_up_and_the_speed_is_told() -> None:
     done = run("--ranks", "2", "--all_reduce_only")

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from tiny_models import VOCABULARY
 from transformers import AutoTokenizer
 
@@ -118,6 +119,29 @@ def test_text_in_text_out_for_one_prompt_and_for_many(diffusion_lm):
         lm.write(["The cat", ""])
 
 
+def test_a_model_that_was_only_converted_is_said_to_write_filler(folder, capsys, tmp_path):
+    said = "is converted and not trained yet: it writes filler"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The cat\nThe dog\n")
+    assert (
+        _run(capsys, folder, "--prompts", str(prompts), "--max_new_tokens", "2", "--batch_size", "1")[2].count(said)
+        == 1
+    )
+    lm = adapt.load(folder, device="cpu")
+    lm.model.save_pretrained(tmp_path / "trained")  # as training does
+    lm.tokenizer.save_pretrained(tmp_path / "trained")
+    code, _, err = _run(capsys, str(tmp_path / "trained"), "--prompt", "The cat", "--max_new_tokens", "2")
+    assert (code, said in err) == (0, False)
+
+
+def test_a_newline_or_an_escape_that_was_kept_is_one_sign_of_the_canvas(diffusion_lm, monkeypatch):
+    lm = diffusion_lm("qwen3", "prefix")
+    monkeypatch.setattr(type(lm.tokenizer), "decode", lambda self, ids, **_: "a\n\tb\x1b[2J" if ids else "")
+    file = io.StringIO()
+    CanvasView(lm.tokenizer, lm.spec.mask_token_id, num_prompt=0, file=file).put(torch.tensor([[5]]))
+    assert file.getvalue() == "round   1  a↵⇥b␛[2J\n"
+
+
 def test_every_setting_of_the_sampler_is_an_option(folder, capsys, monkeypatch):
     """The number of tokens a round alone, without unsetting the threshold that nobody gave."""
     used = []
@@ -160,7 +184,6 @@ def test_on_a_terminal_a_round_is_drawn_over_the_last_one(diffusion_lm, monkeypa
     monkeypatch.setattr("adapt.decoding.show.shutil.get_terminal_size", lambda: shutil.os.terminal_size((20, 24)))
     terminal = Terminal()
     view = CanvasView(lm.tokenizer, lm.spec.mask_token_id, num_prompt=0, file=terminal)
-    import torch
 
     mask, word = lm.spec.mask_token_id, lm.tokenizer.encode("a")[0]
     view.put(torch.tensor([[mask] * 30]))
@@ -225,7 +248,6 @@ def test_a_folder_that_is_no_diffusion_checkpoint_is_refused(folder, base_folder
 
 
 def test_a_device_that_is_not_here_is_refused(folder, capsys):
-    import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

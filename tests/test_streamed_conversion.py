@@ -26,6 +26,8 @@ import adapt
 from adapt.cli import main as cli
 from adapt.conversion import background as flushing
 from adapt.conversion import copy_weights as weights
+from adapt.conversion import tensor_streams as streams
+from adapt.conversion import weight_plan as plans
 from adapt.conversion.convert import convert
 from adapt.files import safetensors_folder as shards
 from adapt.files import staging
@@ -41,7 +43,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_rows_that_stream_in_small_pieces_with_another_dtype_and_padding_are_what_they_would_be_at_once(
     base_folder, tmp_path, monkeypatch, kind
 ):
-    monkeypatch.setattr(weights, "_CHUNK", 1000)  # bytes: seven rows at a time
+    monkeypatch.setattr(streams, "_CHUNK", 1000)  # bytes: seven rows at a time
     out = convert(base_folder(kind), tmp_path / "out", dtype="bfloat16", pad_to_multiple_of=64)
     before, after = _weights(base_folder(kind)), _weights(out)
     assert before.keys() == after.keys()
@@ -120,8 +122,9 @@ def test_what_is_copied_goes_to_disk_and_leaves_the_page_cache_piece_by_piece(
         dropped.append((synced[-1], start, size))
         advise(handle, start, size, advice)
 
-    monkeypatch.setattr(weights, "_PIECE", 1000)
-    monkeypatch.setattr(weights, "_CHUNK", 1000)
+    monkeypatch.setattr(streams, "PIECE", 1000)
+    monkeypatch.setattr(weights, "PIECE", 1000)
+    monkeypatch.setattr(streams, "_CHUNK", 1000)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "posix_fadvise", fadvise)
     if by_hand:
@@ -136,9 +139,9 @@ def test_what_is_copied_goes_to_disk_and_leaves_the_page_cache_piece_by_piece(
 
 @pytest.mark.parametrize("shift", [64, -64], ids=["late", "early"])
 def test_a_copy_that_does_not_stand_where_its_header_says_is_noticed(base_folder, tmp_path, monkeypatch, shift):
-    plain = weights._copy_bytes
+    plain = weights.copy_bytes
     monkeypatch.setattr(
-        weights, "_copy_bytes", lambda read, write, start, at, size: plain(read, write, start, at + shift, size)
+        weights, "copy_bytes", lambda read, write, start, at, size: plain(read, write, start, at + shift, size)
     )
     with pytest.raises(ValueError, match=r"was not written as planned|were not written as planned"):
         convert(base_folder("qwen3"), tmp_path / "out")
@@ -151,7 +154,8 @@ def test_a_copy_with_a_piece_left_out_is_noticed(base_folder, tmp_path, monkeypa
     def skipping(read, write, size, offset_src, offset_dst):
         return size if offset_src % 7000 == 3000 else plain(read, write, size, offset_src, offset_dst)
 
-    monkeypatch.setattr(weights, "_PIECE", 1000)
+    monkeypatch.setattr(streams, "PIECE", 1000)
+    monkeypatch.setattr(weights, "PIECE", 1000)
     monkeypatch.setattr(weights, "_SAMPLE", 10)
     monkeypatch.setattr(os, "copy_file_range", skipping)
     with pytest.raises(ValueError, match="was not written as planned"):
@@ -159,12 +163,12 @@ def test_a_copy_with_a_piece_left_out_is_noticed(base_folder, tmp_path, monkeypa
 
 
 def test_a_header_with_another_shape_is_noticed(base_folder, tmp_path, monkeypatch):
-    plain, name = weights._header, "model.layers.0.self_attn.k_proj.weight"
+    plain, name = plans.encoded_header, "model.layers.0.self_attn.k_proj.weight"
 
     def transposed(metadata, plan):
         return plain(metadata, plan | {name: {**plan[name], "shape": plan[name]["shape"][::-1]}})
 
-    monkeypatch.setattr(weights, "_header", transposed)
+    monkeypatch.setattr(plans, "encoded_header", transposed)
     with pytest.raises(ValueError, match="was not written as planned"):
         convert(base_folder("qwen3"), tmp_path / "out")
 
@@ -182,7 +186,7 @@ def test_what_goes_wrong_beside_the_proof_ends_it(base_folder, tmp_path, monkeyp
 
     monkeypatch.setattr(flushing, "_flush", flush)
     monkeypatch.setattr(mapped, "probe", probe)
-    with weights.num_threads(2):
+    with streams.num_threads(2):
         with pytest.raises(OSError, match="Input/output error"):
             convert(base_folder("llama"), tmp_path / "out")
         assert torch.get_num_threads() == 2
@@ -234,7 +238,7 @@ def test_readers_of_a_leased_file_do_not_wait(base_folder):
 
 
 def test_a_proof_that_fails_stops_the_copy(base_folder, tmp_path, monkeypatch):
-    pieces, plain = [], weights._copy_bytes
+    pieces, plain = [], weights.copy_bytes
     failed = threading.Event()
 
     def slowly(*args):
@@ -248,8 +252,9 @@ def test_a_proof_that_fails_stops_the_copy(base_folder, tmp_path, monkeypatch):
         failed.set()
         raise ValueError("the probe failed")
 
-    monkeypatch.setattr(weights, "_PIECE", 1000)
-    monkeypatch.setattr(weights, "_copy_bytes", slowly)
+    monkeypatch.setattr(streams, "PIECE", 1000)
+    monkeypatch.setattr(weights, "PIECE", 1000)
+    monkeypatch.setattr(weights, "copy_bytes", slowly)
     monkeypatch.setattr(mapped, "probe", probe)
     with pytest.raises(ValueError, match="the probe failed"):
         convert(base_folder("qwen3"), tmp_path / "out")

@@ -6,9 +6,11 @@ the stored tensors; what transformers makes of a broken config (a dozen kinds of
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ..attention.windows import layer_windows
+from ..files import adapters
 from ..files.json_file import read_json
 from ..files.model_folder import _LICENCES, check_no_code
-from ..files.safetensors_folder import Shard
+from ..files.safetensors_folder import Shard, read_shards
 from ..files.staging import is_full_disk
+from .embedding_rows import embedding_names
+from .weight_plan import stored_dtype
 
 # Without any of them transformers makes an empty tokenizer, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
@@ -38,6 +44,52 @@ _COUNTS = re.compile(r"layers?$|heads?$|experts?$|^n_(layer|head)|groups?$|num_h
 _SIZES = re.compile(r"size|dim$|_dim_|rank|embd|inner|positions|position_embeddings|vocab|window|length|channels|width")
 _MOST, _LARGEST = 1 << 16, 1 << 28
 _BUFFERS = 1 << 30  # bytes; the largest of a real model are some 100 MB of positions
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base before its weights are copied."""
+
+    name: str | Path
+    """as the user gave it"""
+    folder: Path
+    revision: str | None
+    config: PretrainedConfig
+    generation: dict[str, Any]
+    skeleton: PreTrainedModel
+    shards: dict[str, Shard]
+    stored: dict[str, dict[str, Any]]
+    """{tensor name: dtype, shape, data_offsets}, of all shards"""
+    embeddings: list[str]
+    """names of the tensors with a row for each token"""
+    num_rows: int
+    dtype: torch.dtype
+    """of most of the weights"""
+
+    def token_ids_in_use(self) -> frozenset[int]:
+        """Ids that mean the end or padding, which the tokenizer need not know of."""
+        saved = self.generation
+        each = [saved.get("eos_token_id"), saved.get("pad_token_id"), self.config.eos_token_id]
+        return frozenset(i for ids in each for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+
+
+def read_base(base: str | Path, adapter: Path | None, scratch: Path, trust_remote_code: bool) -> Base:
+    """The base, with the adapter merged into it, on files in scratch; ValueError for what cannot be adapted, or is broken."""
+    folder, revision = fetch(base, scratch, trust_remote_code=trust_remote_code)
+    config = read_config(folder, base, trust_remote_code=trust_remote_code)
+    check_architecture(config, base)
+    if adapter is not None:
+        folder = adapters.merge_folder(folder, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
+    shards = read_shards(folder)
+    model = skeleton(config, base, shards, trust_remote_code=trust_remote_code)
+    stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
+    embeddings = embedding_names(model, stored)
+    num_rows = stored[embeddings[0]]["shape"][0]
+    if any(stored[name]["shape"][0] != num_rows for name in embeddings):
+        raise ValueError(f"base={base}: {' and '.join(embeddings)} have different numbers of rows; download it again")
+    generation = _generation_config(folder, config, base)
+    dtype = stored_dtype(shards)
+    return Base(base, folder, revision, config, generation, model, shards, stored, embeddings, num_rows, dtype)
 
 
 def fetch(base: str | Path, scratch: Path, *, trust_remote_code: bool = False) -> tuple[Path, str | None]:
@@ -109,6 +161,15 @@ def read_config(source: Path, base: str | Path, *, trust_remote_code: bool = Fal
     _check_sizes(raw, f"base={base}: config.json")
     with _one_line(f"base={base}: config.json makes no model"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _generation_config(source: Path, config: PretrainedConfig, base: str | Path) -> dict[str, Any]:
+    """generation_config.json as it is, or what transformers would make of the config where there is none."""
+    if (source / "generation_config.json").is_file():
+        return read_json(source / "generation_config.json", f"base={base}")
+    made = json.loads(GenerationConfig.from_model_config(config).to_json_string())
+    made.pop("_from_model_config", None)  # transformers would drop keys that are not its own
+    return made
 
 
 def check_architecture(config: PretrainedConfig, base: str | Path) -> None:

@@ -21,30 +21,27 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .. import progress
 from ..arguments import CommandParser
 from ..files import adapters
-from ..files.json_file import read_json
-from ..files.model_folder import check_model_folder, copy_extras
-from ..files.safetensors_folder import Shard, read_shards
+from ..files.model_folder import check_model_folder, copy_extras, mark_untrained
+from ..files.safetensors_folder import Shard
 from ..files.staging import check_space, publish, scratch_beside
 from ..model.precision import DTYPES
 from ..probe.in_place import probe_in_place
 from ..spec import ATTENTIONS, CLEAN_CONTEXTS, DiffusionSpec
 from . import base_model as sources
-from . import copy_weights as weights
-from .embedding_rows import NewRows, embedding_names, per_layer_rows
+from .copy_weights import Copy
+from .embedding_rows import NewRows, per_layer_rows
 from .mask_token import add_mask_token, check_whole
+from .weight_plan import kept_in_float32
 
 _MOST_PADDING = 1 << 16
 
@@ -103,7 +100,7 @@ def convert(
     with scratch_beside(out) as scratch:
         # 1. Everything that can be refused before weights are copied.
         with progress.doing(f"reading {base}"):
-            original = _read_base(base, adapter, scratch, trust_remote_code)
+            original = sources.read_base(base, adapter, scratch, trust_remote_code)
         config = original.config
         tokenizer = sources.read_tokenizer(
             original.folder, base, original.num_rows, trust_remote_code=trust_remote_code
@@ -117,12 +114,12 @@ def convert(
         for table in per_layer.values():
             config.vocab_size_per_layer_input = table.num_rows
         staged = scratch / "checkpoint"
-        copy = weights.Copy(
+        copy = Copy(
             original.shards,
             staged,
             dict.fromkeys(original.embeddings, rows) | per_layer,
             dtype=None if dtype is None else config.dtype,
-            keep_dtype=weights.kept_in_float32(original.skeleton, original.stored, config.dtype),
+            keep_dtype=kept_in_float32(original.skeleton, original.stored, config.dtype),
         )
         check_space(out, copy.num_bytes)
         # 2. The folder, under another name: what is about the weights, and they.
@@ -134,57 +131,6 @@ def convert(
                 _verify(staged, readable, original, spec, attn_implementation, trust_remote_code, copy_done)
         publish(staged, out)
     return out
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base:
-    """What is known of a base before its weights are copied."""
-
-    name: str | Path
-    """as the user gave it"""
-    folder: Path
-    revision: str | None
-    config: PretrainedConfig
-    generation: dict[str, Any]
-    skeleton: PreTrainedModel
-    shards: dict[str, Shard]
-    stored: dict[str, dict[str, Any]]
-    """{tensor name: dtype, shape, data_offsets}, of all shards"""
-    embeddings: list[str]
-    """names of the tensors with a row for each token"""
-    num_rows: int
-    dtype: torch.dtype
-    """of most of the weights"""
-
-    def token_ids_in_use(self) -> frozenset[int]:
-        """Ids that mean the end or padding, which the tokenizer need not know of."""
-        ids_of_each = [
-            self.generation.get("eos_token_id"),
-            self.generation.get("pad_token_id"),
-            self.config.eos_token_id,
-        ]
-        return frozenset(
-            i for ids in ids_of_each for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)
-        )
-
-
-def _read_base(base: str | Path, adapter: Path | None, scratch: Path, trust_remote_code: bool) -> _Base:
-    """ValueError for what cannot be adapted, or is broken."""
-    folder, revision = sources.fetch(base, scratch, trust_remote_code=trust_remote_code)
-    config = sources.read_config(folder, base, trust_remote_code=trust_remote_code)
-    sources.check_architecture(config, base)
-    if adapter is not None:
-        folder = adapters.merge_folder(folder, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
-    shards = read_shards(folder)
-    skeleton = sources.skeleton(config, base, shards, trust_remote_code=trust_remote_code)
-    stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
-    embeddings = embedding_names(skeleton, stored)
-    num_rows = stored[embeddings[0]]["shape"][0]
-    if any(stored[name]["shape"][0] != num_rows for name in embeddings):
-        raise ValueError(f"base={base}: {' and '.join(embeddings)} have different numbers of rows; download it again")
-    generation = _generation_config(folder, config, base)
-    dtype = weights.stored_dtype(shards)
-    return _Base(base, folder, revision, config, generation, skeleton, shards, stored, embeddings, num_rows, dtype)
 
 
 def _check_attention(attention: str, block_size: int | None, clean_context: str | None) -> None:
@@ -208,17 +154,8 @@ def _check_weights_settings(dtype: str | None, pad_to_multiple_of: int | None, m
         raise ValueError(f"mask_init_std={mask_init_std}: must be from 0 to 1; try 0.02")
 
 
-def _generation_config(source: Path, config: PretrainedConfig, base: str | Path) -> dict[str, Any]:
-    """generation_config.json as it is, or what transformers would make of the config where there is none."""
-    if (source / "generation_config.json").is_file():
-        return read_json(source / "generation_config.json", f"base={base}")
-    made = json.loads(GenerationConfig.from_model_config(config).to_json_string())
-    made.pop("_from_model_config", None)  # transformers would drop keys that are not its own
-    return made
-
-
 def _write_config_and_tokenizer(
-    out: Path, base: _Base, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, trust_remote_code: bool
+    out: Path, base: sources.Base, tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, trust_remote_code: bool
 ) -> None:
     """Config, generation config, tokenizer, licence."""
     config = base.config
@@ -231,13 +168,14 @@ def _write_config_and_tokenizer(
     generation = {**base.generation, "mask_token_id": spec.mask_token_id}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(out)
+    mark_untrained(out)
     copy_extras(base.folder, out, trust_remote_code=trust_remote_code)
 
 
 def _verify(
     folder: Path,
     shards: dict[str, Shard],
-    original: _Base,
+    original: sources.Base,
     spec: DiffusionSpec,
     kernel: str | Callable[[PretrainedConfig], str] | None,
     trust_remote_code: bool,

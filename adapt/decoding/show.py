@@ -12,9 +12,12 @@ from typing import Any, TextIO
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+# A newline that was kept, or an escape sequence, would tear the canvas apart: each control character is one sign.
+_SIGNS = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵", ord("\t"): "⇥", 127: "␡"}
+
 
 class CanvasView:
-    """A streamer that redraws the first row's canvas after each round: new tokens in bold, blanks as dots."""
+    """A streamer that redraws the first row's canvas after each round: new tokens in bold, blanks as dots, newlines as ↵."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, num_prompt: int, file: TextIO | None = None
@@ -26,7 +29,10 @@ class CanvasView:
 
     def put(self, value: Tensor) -> None:
         self.round += 1
-        decode = self.tokenizer.decode
+
+        def decode(tokens: list[int]) -> str:
+            return self.tokenizer.decode(tokens).translate(_SIGNS)
+
         canvas = value[0, self.num_prompt :].tolist()
         before = self.before or [self.mask_token_id] * len(canvas)
         end = self.tokenizer.eos_token_id
@@ -47,7 +53,7 @@ class CanvasView:
         print(f"round {self.round:3d}  {text}", file=self.file, flush=True)
         columns = shutil.get_terminal_size().columns
         shown = f"round {self.round:3d}  " + re.sub(r"\033\[[\d;]*m", "", text)
-        self.lines = sum(max(1, math.ceil(len(line) / columns)) for line in shown.split("\n"))
+        self.lines = max(1, math.ceil(len(shown) / columns))
         self.before = canvas
         if self.live:
             time.sleep(0.05)  # a small model is faster than the eye

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -129,7 +129,7 @@ def _deepspeed_ops() -> Iterator[Check]:
         from ..training.engine.nvme import missing_for_nvme
     except Exception:  # said already
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with _silence():
         adam = CPUAdamBuilder().is_compatible(verbose=False)
         missing = missing_for_nvme()
     yield Check(
@@ -141,6 +141,19 @@ def _deepspeed_ops() -> Iterator[Check]:
         "no libaio (offload to NVMe)" if missing else "compatible (offload to NVMe)",
         "apt-get install libaio-dev",
     )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Inside, nothing is said: not by Python, nor by compilers and linkers that it starts."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        said = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(said, 2)
+            os.close(said)
 
 
 def _flex_attention() -> Check:

@@ -34,7 +34,8 @@ from transformers import (
 from .. import progress
 from ..arguments import CommandParser
 from ..conversion.base_model import fetch
-from ..conversion.copy_weights import Copy, kept_in_float32, stored_dtype
+from ..conversion.copy_weights import Copy
+from ..conversion.weight_plan import kept_in_float32, stored_dtype
 from ..decoding.settings import SamplerConfig
 from ..files.adapters import base_and_adapter, merge_folder
 from ..files.json_file import read_json

@@ -12,6 +12,18 @@ from huggingface_hub import metadata_load
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from yaml import YAMLError
 
+_UNTRAINED = "UNTRAINED"
+
+
+def mark_untrained(folder: Path) -> None:
+    """Says of a converted model that it has not learned to refine; training writes a folder of its own, without the mark."""
+    (folder / _UNTRAINED).write_text("Converted, and not yet trained to write by refining: it would write filler.\n")
+
+
+def is_untrained(folder: str | Path) -> bool:
+    """Whether a checkpoint is as its conversion left it."""
+    return (Path(folder) / _UNTRAINED).is_file()
+
 
 def is_diffusion_checkpoint(folder: str | Path) -> bool:
     """True if the folder's config.json has a `diffusion` section."""
