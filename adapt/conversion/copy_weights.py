@@ -60,7 +60,8 @@ class Copy:
         not written as planned; OSError of the disk.
         """
         self._make_files()
-        with progress.doing("writing the weights", total=self.num_bytes, unit="MB") as task:
+        unchanged = sum(size for name in self._plans for _, _, size in self._as_they_are(name))
+        with progress.doing("writing the weights", total=unchanged or None, unit="MB") as task:
             with beside(self._write_unchanged(task)) as copy_done:
                 yield self._write_changed(), copy_done
                 copy_done.result()
