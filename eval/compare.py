@@ -186,11 +186,12 @@ def compare(
         "arms": {a: provenance.checkpoint(f, model_of(lms[a])) for a, f in folders.items()},
         "speed_settings": None if prompts is None else {**prompts._asdict(), "texts": len(prompts.texts["adapted"])},
         "adapted_counters": dict(lms["adapted"].counters),
+        "notice": notice,
         "wall_seconds": round(time.time() - started, 1),
     }
     report = {
         "provenance": sources, "quality": quality, "likelihood": likelihood, "speed": rows, "pareto": pareto,
-        "warnings": warnings, "notice": notice,
+        "warnings": warnings,
     }  # fmt: skip
     with doing("writing the report", shown=progress):
         write_report(report, out, samples={arm: r["samples"] for arm, r in results.items()}, overwrite=overwrite)

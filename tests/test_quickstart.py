@@ -125,7 +125,7 @@ def test_minutes_that_are_none_are_refused(minutes: str, tmp_path: Path) -> None
 
 
 def test_a_report_begins_with_its_notice() -> None:
-    report = {"quality": [], "speed": [], "notice": quickstart._FAST_NOTICE}
+    report = {"quality": [], "speed": [], "provenance": {"notice": quickstart._FAST_NOTICE}}
     assert sentences(report)[0] == quickstart._FAST_NOTICE
     assert "its scores and its speeds mean nothing" in quickstart._FAST_NOTICE
 
@@ -140,9 +140,10 @@ def test_the_rate_of_a_run_is_that_of_its_second_half(tmp_path: Path) -> None:
 
 
 def test_what_was_launched_ends_with_us() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=True)
     with pytest.raises(SystemExit) as stopped, arms._ended_with_us(process):
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert process.returncode == -signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -234,8 +234,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--trust_remote_code", type=bool, default=False, help="run Python files that come with the model"
     )
-    signal.signal(signal.SIGTERM, _stop)
-    out = convert(**vars(parser.parse_args(argv)))
+    options = vars(parser.parse_args(argv))
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        out = convert(**options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     spec = json.loads((out / "config.json").read_text())["diffusion"]
     print(
         f"{out}: {spec['attention']} attention, mask token {spec['mask_token_id']}; probed on the loaded weights",

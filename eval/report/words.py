@@ -99,7 +99,8 @@ def headline(report: Mapping[str, Any]) -> str:
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
     """What came out, computed from the numbers: scores and differences with intervals, a verdict, speed."""
-    parts = [report["notice"]] if report.get("notice") else []
+    notice = report.get("provenance", {}).get("notice")
+    parts = [notice] if notice else []
     row = primary(report)
     if row is not None:
         against = ["base", "control"] if row.get("vs_control") else ["base"]
