@@ -283,7 +283,8 @@ def drop_too_long(
         f"data.seq_len={config.seq_len}: {(~fits).sum()} of {len(needed)} examples {what}, up to {needed.max()} tokens"
     )
     if config.too_long == "error":
-        raise ValueError(f"{too_long}; set data.seq_len={needed.max()} or data.too_long=drop{todo}")
+        others = f", data.too_long=drop{todo}" if todo else " or data.too_long=drop"
+        raise ValueError(f"{too_long}; set data.seq_len={needed.max()}{others}")
     if not fits.any():
         raise ValueError(f"{too_long}, and data.too_long=drop leaves none; set data.seq_len={needed.min()} or more")
     if is_main_process:
