@@ -105,7 +105,7 @@ CASES = {
     "too many views": (
         {"objective__views": 4},
         1,
-        "data.seq_len=32: [0-9]+ of [0-9]+ examples take more with all their copies, up to [0-9]+ tokens; set data.seq_len=[0-9]+ or "
+        "data.seq_len=32: [0-9]+ of [0-9]+ examples take more with all their copies, up to [0-9]+ tokens; set data.seq_len=[0-9]+, "
         "data.too_long=drop, or lower objective.views",
     ),
     "empty canvas": ({"data__canvas_length": 0}, None, "data.canvas_length=0: must be at least 1"),
