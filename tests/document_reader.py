@@ -70,7 +70,8 @@ class Reader:
         self.folder, self.made = folder, set[str]()
         self.hub = _hub_ids()
         for entry in ROOT.iterdir():
-            if entry.name not in ("quickstart", "quickstart-fast", "runs", "out"):
+            # The launch scripts put .venv/bin before everything else on PATH, also before what stands in for ssh and deepspeed.
+            if entry.name not in (".venv", "quickstart", "quickstart-fast", "runs", "out"):
                 (folder / entry.name).symlink_to(entry)
         for name, body in named_files(text).items():
             (folder / name).write_text(body)
