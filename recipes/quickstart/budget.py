@@ -138,7 +138,7 @@ def warnings(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[str]:
     if plan.num_train < ALL_EXAMPLES:
         enough = _minutes_for(ALL_EXAMPLES, plan.positions_per_s)
         said.append(
-            f"Cut to {plan.minutes:g} minutes: both arms were trained on {plan.num_train:,} of {ALL_EXAMPLES:,} examples "
+            f"Cut to {plan.minutes:g} minutes: both arms had {plan.num_train:,} of {ALL_EXAMPLES:,} examples to learn from "
             f"({plan.precision}, {plan.positions_per_s:,.0f} positions/s); --minutes {enough} trains on all."
         )
     planned_passes = {"control": 1.0, "adapted": _ADAPTED_PASSES}
