@@ -9,13 +9,7 @@ from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import progress
 from .decoding.rounds import GenerateOutput
@@ -23,8 +17,8 @@ from .decoding.sampler import generate, infill
 from .decoding.settings import SamplerConfig
 from .decoding.show import CanvasView
 from .files import adapters
-from .files.json_file import read_json
-from .files.model_folder import check_loaded, check_model_folder, check_no_code
+from .files.loading import config_of, model_of, tokenizer_of
+from .files.model_folder import check_model_folder
 from .model.precision import DTYPES, default_dtype
 from .probe.probe import probe
 from .spec import DiffusionSpec
@@ -180,12 +174,10 @@ def load(
     # 1. Everything that can be refused before weights are read.
     folder, adapter = adapters.base_and_adapter(folder, adapter)
     check_model_folder(folder)
-    if Path(folder).is_dir() and not trust_remote_code:
-        check_no_code(read_json(Path(folder) / "config.json", f"checkpoint={folder}"), f"checkpoint={folder}")
     device, dtype = _device(device), _dtype(dtype)
     spec, tokenizer = spec_and_tokenizer(folder, trust_remote_code=trust_remote_code)
     if dtype is None:
-        stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
+        stored = config_of(folder, f"checkpoint={folder}", trust_remote_code=trust_remote_code).dtype
         dtype = default_dtype(stored, device)
     # 2. The weights, all of them.
     with progress.doing(f"loading {folder}"):
@@ -209,9 +201,9 @@ def spec_and_tokenizer(
     folder: str | Path, *, trust_remote_code: bool = False
 ) -> tuple[DiffusionSpec, PreTrainedTokenizerBase]:
     """What a checkpoint is besides its weights; ValueError where the two do not go together."""
-    trusted = {"trust_remote_code": trust_remote_code}
+    trusted, what = {"trust_remote_code": trust_remote_code}, f"checkpoint={folder}"
     try:
-        config = AutoConfig.from_pretrained(folder, **trusted)
+        config = config_of(folder, what, **trusted)
     except OSError as error:
         if Path(folder).exists():
             raise
@@ -219,7 +211,7 @@ def spec_and_tokenizer(
             f"checkpoint={folder}: no such folder here, and the Hub does not give it; give the path of a folder with config.json"
         ) from error
     spec = DiffusionSpec.of(config, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+    tokenizer = tokenizer_of(folder, what, **trusted)
     if tokenizer.mask_token_id != spec.mask_token_id:
         raise ValueError(
             f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has "
@@ -233,16 +225,11 @@ def _weights(
 ) -> PreTrainedModel:
     options = {name: value for name, value in (("dtype", dtype), ("attn_implementation", kernel)) if value is not None}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code, **options
-        )
+        return model_of(folder, f"checkpoint={folder}", trust_remote_code=trust_remote_code, **options)
     except ImportError as error:  # a kernel of a package that is not installed
         raise ValueError(
             f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention"
         ) from error
-    model, loading = loaded
-    check_loaded(loading, f"checkpoint={folder}")
-    return model
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from .. import progress
 from ..conversion.base_model import check_architecture
+from ..files.loading import config_of
 from ..files.model_folder import check_model_folder
 from ..model.precision import resolved_precision
 from ..spec import DiffusionSpec
@@ -100,9 +101,11 @@ def model_config(recipe: Recipe, path: Path | None, recipes: list[Path] | None =
         raise ValueError(f"model.base={base}: a GGUF file has no config.json; give the original's with --model_config")
     if path is None:
         check_model_folder(base, "model.base")
+    todo = "plan a model of transformers' own architectures"
     try:
-        config = AutoConfig.from_pretrained(base if path is None else path)
-    except (OSError, ValueError) as error:
+        what = f"model.base={base}" if path is None else f"model_config={path}"
+        config = config_of(base if path is None else path, what, todo=todo)
+    except OSError as error:
         if path is not None:
             raise ValueError(f"model_config={path}: is no model's config.json; give one, such as {example}") from error
         raise ValueError(

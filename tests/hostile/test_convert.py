@@ -311,7 +311,7 @@ CASES: dict[str, tuple] = {
     "tokenizer is broken": ("qwen3", text("tokenizer.json", "{"), "its tokenizer cannot be read"),
     "tokenizer is empty": ("qwen3", text("tokenizer.json", "{}"), "its tokenizer cannot be read"),
     "tokenizer of another model": ("qwen3", another_tokenizer, "it is the tokenizer of another model"),
-    "tokenizer config is a list": ("qwen3", text("tokenizer_config.json", "[]"), "its tokenizer cannot be read"),
+    "tokenizer config is a list": ("qwen3", text("tokenizer_config.json", "[]"), "tokenizer_config.json is not valid JSON"),
     "tokenizer code": ("qwen3", tokenizer_code, "its tokenizer cannot be read"),
     "template climbs out": (
         "qwen3",
