@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import progress
+from .decoding.room import check_room
 from .decoding.rounds import GenerateOutput
 from .decoding.sampler import generate, infill
 from .decoding.settings import SamplerConfig
@@ -22,7 +23,7 @@ from .files.model_folder import check_model_folder
 from .model.precision import DTYPES, default_dtype
 from .probe.probe import probe
 from .spec import DiffusionSpec
-from .tokens import Chat, check_prompts, ids_with_blanks, left_padded, prompt_ids, start_token_id
+from .tokens import Chat, check_prompts, ids_with_blanks, left_padded, num_blanks, prompt_ids, start_token_id
 
 
 class Written(NamedTuple):
@@ -106,7 +107,11 @@ class DiffusionLM:
         seed: for a temperature above 0. show: draw the refinement of the first row on standard error.
         """
         check_prompts(prompts, batch_size)
+        check_room(self, prompt=1, blanks=max_new_tokens)
         rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        for start in range(0, len(rows), batch_size):  # of all, before the first is written
+            batch = rows[start : start + batch_size]
+            check_room(self, prompt=max(map(len, batch)), blanks=max_new_tokens, rows=len(batch), sampler=sampler)
         for start in range(0, len(rows), batch_size):
             input_ids, attention_mask = left_padded(self.tokenizer, rows[start : start + batch_size])
             num_prompt = input_ids.shape[1]
@@ -137,6 +142,7 @@ class DiffusionLM:
         self, text: str, *, sampler: SamplerConfig | None = None, seed: int = 0, show: bool = False
     ) -> Written:
         """`fill` of one text, with what it cost."""
+        check_room(self, prompt=0, blanks=num_blanks(text), what="infill")
         ids = ids_with_blanks(self.tokenizer, text)
         if self.spec.shift_logits and ids[0] == self.spec.mask_token_id:
             ids = [self.start_token_id, *ids]
@@ -201,7 +207,8 @@ def spec_and_tokenizer(
     folder: str | Path, *, trust_remote_code: bool = False
 ) -> tuple[DiffusionSpec, PreTrainedTokenizerBase]:
     """What a checkpoint is besides its weights; ValueError where the two do not go together."""
-    trusted, what = {"trust_remote_code": trust_remote_code}, f"checkpoint={folder}"
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    what = f"checkpoint={folder}"
     try:
         config = config_of(folder, what, **trusted)
     except OSError as error:

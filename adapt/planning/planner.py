@@ -102,12 +102,15 @@ def model_config(recipe: Recipe, path: Path | None, recipes: list[Path] | None =
     if path is None:
         check_model_folder(base, "model.base")
     todo = "plan a model of transformers' own architectures"
+    what = f"model.base={base}" if path is None else f"model_config={path}"
     try:
-        what = f"model.base={base}" if path is None else f"model_config={path}"
         config = config_of(base if path is None else path, what, todo=todo)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if path is not None:
-            raise ValueError(f"model_config={path}: is no model's config.json; give one, such as {example}") from error
+            reason = str(error).removeprefix(f"{what}: ")
+            raise ValueError(f"{what}: is no model's config.json; give one, such as {example} ({reason})") from error
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(
             f"model.base={base}: its config.json cannot be had here; give one with --model_config, such as {example}"
         ) from error

@@ -74,7 +74,7 @@ def merge(
     quantization: what the adapter was trained on. It has learned to mend the rounding of the 4-bit weights, so it is merged
     into those, dequantised, and not into the originals. Raises ValueError if merged it does not compute what it does beside them.
     """
-    quantized = {} if quantization is None else {"quantization_config": quantization}
+    quantized: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     model: Any = weights_of(base_folder, f"model.base={base_folder}", dtype=torch.float32, **quantized)
     if quantization is not None:
         model = model.dequantize(dtype=torch.float32)

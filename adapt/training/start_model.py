@@ -177,13 +177,10 @@ def prepared(folder: Path, recipe: Recipe, spec: DiffusionSpec, args: TrainingAr
     """The model with its loss attached, wrapped in adapters and compiled as the recipe says."""
     ours = recipe.model
     _size_nvme_buffers(args, folder)
-    model = weights_of(
-        folder,
-        f"model.base={ours.base}",
-        dtype=torch.float32,
-        attn_implementation=attention_kernel(recipe, _config(folder, ours.base)),
-        **({} if ours.quantization is None else {"quantization_config": lora.nf4(compute_dtype(recipe))}),
-    )
+    options: dict[str, Any] = {"attn_implementation": attention_kernel(recipe, _config(folder, ours.base))}
+    if ours.quantization is not None:
+        options["quantization_config"] = lora.nf4(compute_dtype(recipe))
+    model = weights_of(folder, f"model.base={ours.base}", dtype=torch.float32, **options)
     model.config.use_cache = False
     # Some models ship a generation config that transformers refuses to write again; the base's file is copied at the end.
     model.generation_config = GenerationConfig.from_model_config(model.config)

@@ -25,6 +25,7 @@ from ..arguments import wait_for_rank_zero
 from ..files.loading import config_of, tokenizer_of
 from ..model.precision import about_precision, resolved_precision
 from ..spec import DiffusionSpec
+from .checkpoints.pickles import check_checkpoint, errors_while_reading
 from .checkpoints.reshard import read_on_any_ranks
 from .checkpoints.resume import (
     begun_precision,
@@ -80,6 +81,7 @@ def train(recipe: Recipe) -> Path:
         )
     with progress.doing("checking the checkpoints and hashing the data"):
         checkpoint = newest_checkpoint(recipe)
+        check_checkpoint(checkpoint)
         provenance = provenance_of(recipe, args.world_size)
     with progress.doing("reading the data"), args.main_process_first(local=False):
         rows = load_split(recipe.data)
@@ -178,7 +180,8 @@ def _train(
         trainer.add_callback(Samples(trainer, trainer.metrics, recipe, spec, sampled))
     with failures_name_the_checkpoint(output_dir), trainer.requests.heeding_signals():
         with progress.doing("preparing the loop" if checkpoint is None else f"reading {checkpoint.name}"):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with errors_while_reading(checkpoint, trainer):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.requests.raise_if_stopped(trainer.state.global_step)
         trainer.guard.report_bad_steps(trainer)
         final = output_dir / "model"
