@@ -84,6 +84,7 @@ def compare(
     folders = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
     for arm, folder in folders.items():
         check_folder(arm, folder)
+        loading.check_weights(folder, f"{arm}={folder}")
     if corpus is not None:
         next(texts_of(corpus), None)  # refuses a missing file now, not after an hour
     where, as_dtype = chosen_device(device), chosen_dtype(dtype, device)

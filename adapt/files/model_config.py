@@ -23,9 +23,10 @@ TRUST = "read it, and if you trust it say --trust_remote_code true"
 _CODE = ("auto_map", "custom_generate", "custom_pipelines")
 """what names Python files of a model's own"""
 # What the keys of a config are called whose numbers count modules, and whose are a size of tensors.
-_COUNTS = re.compile(r"layers?$|heads?$|experts?$|^n_(layer|head)|groups?$|num_hidden|depth")
+_LAYERS = re.compile(r"layers?$|^n_layer|num_hidden|depth")
+_COUNTS = re.compile(r"heads?$|experts?$|^n_head|groups?$")
 _SIZES = re.compile(r"size|dim$|_dim_|rank|embd|inner|positions|position_embeddings|vocab|window|length|channels|width")
-_MOST, _LARGEST = 1 << 16, 1 << 28
+_MOST_LAYERS, _MOST, _LARGEST = 1 << 10, 1 << 16, 1 << 28  # a layer is modules, which take a millisecond each to make
 _AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _KERNELS = ("attn_implementation", "experts_implementation", "kernel_config")
 
@@ -54,6 +55,9 @@ def check_model_config(
         )
     _check_kernels(raw, what)
     check_sizes(raw, f"{what}: config.json")
+    for name in _AT_LEAST_ONE:
+        if isinstance(value := raw.get(name), int | float) and value < 1:
+            raise ValueError(f"{what}: config.json says {name}={value}; must be a whole number of at least 1; mend it")
 
 
 def check_no_code(config: Mapping[str, Any], what: str, *, todo: str = TRUST) -> None:
@@ -95,7 +99,8 @@ def check_sizes(section: Any, what: str) -> None:
         if isinstance(value, dict | list):
             check_sizes(value, what)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            most = _MOST if _COUNTS.search(key) else _LARGEST if _SIZES.search(key) else None
+            limits = ((_LAYERS, _MOST_LAYERS), (_COUNTS, _MOST), (_SIZES, _LARGEST))
+            most = next((limit for names, limit in limits if names.search(key)), None)
             if most is not None and not -1 <= value <= most:
                 raise ValueError(f"{what} says {key[:60]}={value}, which no model has (at most {most}); mend it")
 
