@@ -9,26 +9,21 @@ from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import progress
+from .decoding.room import check_room
 from .decoding.rounds import GenerateOutput
 from .decoding.sampler import generate, infill
 from .decoding.settings import SamplerConfig
 from .decoding.show import CanvasView
 from .files import adapters
-from .files.json_file import read_json
-from .files.model_folder import check_loaded, check_model_folder, check_no_code
+from .files.loading import config_of, model_of, tokenizer_of
+from .files.model_folder import check_model_folder
 from .model.precision import DTYPES, default_dtype
 from .probe.probe import probe
 from .spec import DiffusionSpec
-from .tokens import Chat, check_prompts, ids_with_blanks, left_padded, prompt_ids, start_token_id
+from .tokens import Chat, check_prompts, ids_with_blanks, left_padded, num_blanks, prompt_ids, start_token_id
 
 
 class Written(NamedTuple):
@@ -112,7 +107,11 @@ class DiffusionLM:
         seed: for a temperature above 0. show: draw the refinement of the first row on standard error.
         """
         check_prompts(prompts, batch_size)
+        check_room(self, prompt=1, blanks=max_new_tokens)
         rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        for start in range(0, len(rows), batch_size):  # of all, before the first is written
+            batch = rows[start : start + batch_size]
+            check_room(self, prompt=max(map(len, batch)), blanks=max_new_tokens, rows=len(batch), sampler=sampler)
         for start in range(0, len(rows), batch_size):
             input_ids, attention_mask = left_padded(self.tokenizer, rows[start : start + batch_size])
             num_prompt = input_ids.shape[1]
@@ -143,6 +142,7 @@ class DiffusionLM:
         self, text: str, *, sampler: SamplerConfig | None = None, seed: int = 0, show: bool = False
     ) -> Written:
         """`fill` of one text, with what it cost."""
+        check_room(self, prompt=0, blanks=num_blanks(text), what="infill")
         ids = ids_with_blanks(self.tokenizer, text)
         if self.spec.shift_logits and ids[0] == self.spec.mask_token_id:
             ids = [self.start_token_id, *ids]
@@ -180,12 +180,10 @@ def load(
     # 1. Everything that can be refused before weights are read.
     folder, adapter = adapters.base_and_adapter(folder, adapter)
     check_model_folder(folder)
-    if Path(folder).is_dir() and not trust_remote_code:
-        check_no_code(read_json(Path(folder) / "config.json", f"checkpoint={folder}"), f"checkpoint={folder}")
     device, dtype = _device(device), _dtype(dtype)
     spec, tokenizer = spec_and_tokenizer(folder, trust_remote_code=trust_remote_code)
     if dtype is None:
-        stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
+        stored = config_of(folder, f"checkpoint={folder}", trust_remote_code=trust_remote_code).dtype
         dtype = default_dtype(stored, device)
     # 2. The weights, all of them.
     with progress.doing(f"loading {folder}"):
@@ -209,9 +207,10 @@ def spec_and_tokenizer(
     folder: str | Path, *, trust_remote_code: bool = False
 ) -> tuple[DiffusionSpec, PreTrainedTokenizerBase]:
     """What a checkpoint is besides its weights; ValueError where the two do not go together."""
-    trusted = {"trust_remote_code": trust_remote_code}
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    what = f"checkpoint={folder}"
     try:
-        config = AutoConfig.from_pretrained(folder, **trusted)
+        config = config_of(folder, what, **trusted)
     except OSError as error:
         if Path(folder).exists():
             raise
@@ -219,7 +218,7 @@ def spec_and_tokenizer(
             f"checkpoint={folder}: no such folder here, and the Hub does not give it; give the path of a folder with config.json"
         ) from error
     spec = DiffusionSpec.of(config, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
+    tokenizer = tokenizer_of(folder, what, **trusted)
     if tokenizer.mask_token_id != spec.mask_token_id:
         raise ValueError(
             f"checkpoint={folder}: diffusion.mask_token_id is {spec.mask_token_id}, but the tokenizer's mask token has "
@@ -233,16 +232,11 @@ def _weights(
 ) -> PreTrainedModel:
     options = {name: value for name, value in (("dtype", dtype), ("attn_implementation", kernel)) if value is not None}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code, **options
-        )
+        return model_of(folder, f"checkpoint={folder}", trust_remote_code=trust_remote_code, **options)
     except ImportError as error:  # a kernel of a package that is not installed
         raise ValueError(
             f"model.attn_implementation={kernel}: {error}; install it, or use sdpa or flex_attention"
         ) from error
-    model, loading = loaded
-    check_loaded(loading, f"checkpoint={folder}")
-    return model
 
 
 def _device(device: torch.device | str | None) -> torch.device:

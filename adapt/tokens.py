@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 Chat = list[dict[str, str]]
 """messages: [{"role": "user", "content": "..."}]"""
 _BLANK = re.compile(r" *\[\?(\d*)\]")  # a blank takes the place of " word": the space before it is part of its token
+_DIGITS = 9  # of a blank's number; Python refuses to read one of thousands
+_RENDERING = 10.0  # seconds of the processor for one chat; a template takes a millisecond
 _BLANK_MARK = "\ue000[?]\ue001"  # in private characters, so that a text may quote the mask token
 
 
@@ -62,10 +67,58 @@ def prompt_ids(tokenizer: Any, prompt: str | Chat) -> list[int]:
     """Token ids of a prompt, or of a chat up to where the answer begins."""
     if isinstance(prompt, str):
         return text_ids(tokenizer, prompt)
-    if not tokenizer.chat_template:
-        raise ValueError("chat: the tokenizer of this checkpoint has no chat template; give the prompt as plain text")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = chat_text(tokenizer, prompt, "chat", add_generation_prompt=True)
     return text_ids(tokenizer, text, add_special_tokens=False)  # as in training: a template has them all
+
+
+def chat_text(tokenizer: Any, messages: Chat, what: str, **options: Any) -> str:
+    """The chat as text, by the tokenizer's template; ValueError, of `what`, where there is none, or it raises or does not end.
+
+    A template is a program of the model's author, in a sandbox: it calls nothing, but it may loop.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{what}: the tokenizer of this checkpoint has no chat template; give the prompt as plain text"
+        )
+    with template_errors(what):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+@contextmanager
+def template_errors(what: str) -> Iterator[None]:
+    """Inside, a chat template that raises, or does not end, is a ValueError of `what`."""
+    try:
+        with _no_longer_than(_RENDERING):
+            yield
+    except (Exception, _TooLongError) as error:  # a template may raise whatever Python does
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{what}: the tokenizer's chat template does not take this chat ({type(error).__name__}: {reason}); mend the chat, or the "
+            "template, or give the prompt as plain text"
+        ) from error
+
+
+class _TooLongError(BaseException):
+    """No Exception, so that no template's own handling takes it for one."""
+
+
+@contextmanager
+def _no_longer_than(seconds: float) -> Iterator[None]:
+    """Ends what runs inside after that much time of the processor; without a bound outside of the main thread, and on Windows."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLongError(f"no end after {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def check_prompts(prompts: Sequence[str | Chat], batch_size: int) -> None:
@@ -77,10 +130,22 @@ def check_prompts(prompts: Sequence[str | Chat], batch_size: int) -> None:
             raise ValueError(f"prompt={prompt!r}: is empty; write at least one word to continue")
 
 
+def num_blanks(text: str) -> int:
+    """Tokens that the blanks of a text ask for, before any is made: [?] one, [?n] n; ValueError where it has none."""
+    shown = f"infill={text!r:.60}"
+    numbers = [blank.group(1) for blank in _BLANK.finditer(text)]
+    if not numbers:
+        raise ValueError(f"{shown}: has no blank; write [?] for one token, [?4] for four")
+    if any(len(number) > _DIGITS or (number and int(number) == 0) for number in numbers):
+        raise ValueError(
+            f"{shown}: a blank takes 1 token or more, and no more than the model has positions; write [?4]"
+        )
+    return sum(int(number or 1) for number in numbers)
+
+
 def ids_with_blanks(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text with mask tokens at its blanks: [?] one token, [?n] n tokens; ValueError where it has none."""
-    if not _BLANK.search(text):
-        raise ValueError(f"infill={text!r}: has no blank; write [?] for one token, [?4] for four")
+    num_blanks(text)
     if _BLANK_MARK in text:
         raise ValueError(f"infill={text!r}: holds {_BLANK_MARK!r}, which stands for a blank here; write [?]")
     masked = _BLANK.sub(lambda blank: _BLANK_MARK * int(blank.group(1) or 1), text)

@@ -86,7 +86,7 @@ def _run(
     name = f"random-{task.seed}" if arm.from_scratch else "base"
     prompted = bool(heldout[0].context)
     base = write_base(source, work / name, task.seed if arm.from_scratch else None, end_is_start=not prompted)
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     chosen = texts_of(train_texts, task.num_tokens)
     documents = scratch / "texts.jsonl"
     documents.write_text("".join(json.dumps(text.row(tokenizer)) + "\n" for text in chosen))
@@ -174,8 +174,8 @@ def ar_nll(folder: Path, texts: list[Text]) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    contexts = _contexts(AutoTokenizer.from_pretrained(folder), texts)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    contexts = _contexts(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), texts)
     nats: list[float] = []
     with torch.no_grad():
         for at in range(0, len(texts), AR_BATCH):

@@ -66,11 +66,11 @@ def write_base(source: Path, out: Path, random_seed: int | None = None, *, end_i
     if out.exists():
         return out
     staged = out.with_name(f".{out.name}.{os.getpid()}")
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     if random_seed is not None:
         set_seed(random_seed)
-        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
     if end_is_start:
         tokenizer.eos_token = tokenizer.bos_token
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -85,7 +85,7 @@ def write_base(source: Path, out: Path, random_seed: int | None = None, *, end_i
 
 
 def num_parameters(base: Path) -> int:
-    return AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    return AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False).num_parameters()
 
 
 def read_prompts(file: Path, column: str, base: Path, longest: int) -> list[list[int]]:
@@ -99,7 +99,7 @@ def read_prompts(file: Path, column: str, base: Path, longest: int) -> list[list
     found = load_rows(DataConfig(train=str(file), columns={"text": column}))["text"]
     if not all(isinstance(one, str) and one for one in found):
         raise ValueError(f"--prompt_column={column}: holds rows that are no text or are empty; remove them")
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     prompts = [prompt_ids(tokenizer, one) for one in dict.fromkeys(found)]
     prompts = [ids for ids in prompts if len(ids) <= longest]
     return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
@@ -144,8 +144,8 @@ def answer(base: Path, seed: int, prompts: list[list[int]], max_new_tokens: int)
 
 
 def _loaded(base: Path) -> tuple[Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
+    return model, AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -191,7 +191,9 @@ def _with_kernel(lm: DiffusionLM, kernel: str) -> DiffusionLM:
     if lm.model.config._attn_implementation == kernel:
         return lm
     # Falcon and CodeGen take a kernel when they are made only, and otherwise stay with theirs.
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(lm.model.config), attn_implementation=kernel)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(lm.model.config), attn_implementation=kernel, trust_remote_code=False
+    )
     model.load_state_dict(lm.model.state_dict())
     return dataclasses.replace(lm, model=model.to(lm.model.dtype).eval())
 

@@ -121,11 +121,14 @@ def _plain_config(model_type: str) -> PretrainedConfig | None:
 def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     """A random model that runs. Raises whatever it does where it does not."""
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(
+            parameter.numel()
+            for parameter in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+        )
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms of ones and biases of zeros hide mistakes
             if parameter.dim() == 1:

@@ -45,7 +45,7 @@ def run_plain(
     """AR fine-tuning as a user of transformers writes it: padded batches, loss over all logits, fused AdamW, bf16 autocast."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     end = tokenizer.eos_token_id
 
     def tokenise(row: dict) -> dict:
@@ -69,7 +69,9 @@ def run_plain(
         **overrides,
     )
     args._n_gpu = min(args.n_gpu, 1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
     Trainer(
         model,
         args,

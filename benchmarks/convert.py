@@ -50,9 +50,11 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
         )  # fmt: skip
 
     with torch.device("meta"):
-        one, two = (_bytes(AutoModelForCausalLM.from_config(config(n)).state_dict()) for n in (1, 2))
+        one, two = (
+            _bytes(AutoModelForCausalLM.from_config(config(n), trust_remote_code=False).state_dict()) for n in (1, 2)
+        )
         layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
-        tensors = AutoModelForCausalLM.from_config(config(layers)).state_dict()
+        tensors = AutoModelForCausalLM.from_config(config(layers), trust_remote_code=False).state_dict()
     folder.mkdir(parents=True)
     config(layers).save_pretrained(folder)
     words = {f"w{i}": i for i in range(2, _VOCABULARY)} | {"<|start|>": 0, "<|end|>": 1}

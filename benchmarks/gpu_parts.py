@@ -98,8 +98,8 @@ def decoding(setting: Setting) -> Iterator[Found]:
     draw = random.Random(0)
     prompts = [draw.choices(range(1, words), k=64) for _ in range(8)]
     how: dict[str, Any] = {"until": (), "eos_ids": (), "max_new_tokens": num_new}
-    ar: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    ar: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     arms = [writers.ar_arm("AR", ar.to(setting.device).eval(), tokenizer, prompts, **how)]
     for name, options in (("prefix", {}), ("block 32", {"block_size": 32})):
         folder = adapt.convert(base, setting.scratch / name, attention=name.split()[0], **options)

@@ -119,11 +119,11 @@ def write_model(folder: Path, shape: dict[str, Any] | Path, seed: int = 0) -> di
             raise ValueError(f"model={shape}: not a model folder (no config.json in it)")
         for file in [*shape.glob("*.safetensors"), *shape.glob("*.safetensors.index.json")]:
             (folder / file.name).symlink_to(file.resolve())
-        config = AutoConfig.from_pretrained(shape)
+        config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
     else:
         config = AutoConfig.for_model(**shape, bos_token_id=None, eos_token_id=0, pad_token_id=0)
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).save_pretrained(folder)
     words = config.vocab_size - SPARE_ROWS
     _tokenizer(words).save_pretrained(folder)
     config.eos_token_id = config.pad_token_id = 0
@@ -156,7 +156,7 @@ def _tokenizer(num_words: int) -> PreTrainedTokenizerFast:
 
 def _sizes(config: PretrainedConfig, folder: Path) -> dict[str, int]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     embedding: Any = model.get_input_embeddings()
     tied = bool(config.tie_word_embeddings)
     parameters = sum(p.numel() for p in model.parameters())

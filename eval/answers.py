@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval import utils
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 
 import adapt
 from adapt.decoding.likelihood import nelbo
+from adapt.decoding.room import check_room, positions_of
 from adapt.progress import Task
 from adapt.tokens import left_padded
 
@@ -41,6 +42,33 @@ def request_settings(
         "sampler": sampler,
     }
     return settings, sorted(set(asked) - _HANDLED)
+
+
+def check_max_length(lm: adapt.DiffusionLM, max_length: object) -> None:
+    """ValueError for a max_length (None: the model's own) that the model has no positions for."""
+    most = positions_of(lm)
+    if max_length is not None and not (isinstance(max_length, int) and 1 < max_length <= most):
+        raise ValueError(
+            f"max_length={max_length!r:.60}: must be a whole number from 2 to the model's {most} positions"
+        )
+
+
+def model_max_length(lm: adapt.DiffusionLM) -> int:
+    """Tokens of a prompt and what is written after it, as lm-eval reads a model; never more than its positions."""
+    return min(resolve_max_length(lm.model.config, lm.tokenizer, default=2048), positions_of(lm))
+
+
+def check_requests(
+    lm: adapt.DiffusionLM, requests: Iterable[Mapping[str, Any]], max_length: int, batch_size: int
+) -> None:
+    """ValueError for settings (of `request_settings`) that leave no room, whatever the prompt is; before the first is written."""
+    for settings in requests:
+        wanted = settings["max_gen_toks"]
+        if type(wanted) is not int or wanted < 1:
+            raise ValueError(f"max_gen_toks={wanted!r:.60}: must be a whole number of at least 1")
+        if wanted >= max_length:
+            raise ValueError(f"max_gen_toks={wanted}: leaves no room for a prompt in max_length={max_length}")
+        check_room(lm, prompt=1, blanks=wanted, rows=batch_size, sampler=settings["sampler"], what="max_gen_toks")
 
 
 def rolling_windows(tokens: list[int], prefix_token: int, max_length: int) -> list[tuple[list[int], list[int]]]:

@@ -57,13 +57,14 @@ def choose_prompts(results: Mapping[str, Mapping[str, Any]], count: int, adapted
             texts = {arm: [a[0] for a in chosen if a[0]] for arm, chosen in first_items(task).items()}
             if all(texts.values()):
                 sampler = adapted.sampler
-                return Prompts(texts, [], FALLBACK_NEW_TOKENS, sampler.temperature, sampler.top_p, True)
+                new_tokens = min(FALLBACK_NEW_TOKENS, adapted.max_length // 2)
+                return Prompts(texts, [], new_tokens, sampler.temperature, sampler.top_p, True)
     return None
 
 
 def speed_arm(arm: str, lm: Any, prompts: Prompts, sampler: adapt.SamplerConfig, seed: int) -> SpeedArm:
     model = model_of(lm)
-    room = lm.max_length - prompts.max_new_tokens
+    room = max(1, lm.max_length - prompts.max_new_tokens)
     tokens = [lm.tok_encode(text)[-room:] for text in prompts.texts[arm]]
     ends = {
         "until": prompts.until,

@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from adapt.progress import Task, doing
+from adapt.tokens import template_errors
 
 _HFLM: Any = HFLM  # lm-eval's decorator hides the class from type checkers
 
@@ -29,6 +30,10 @@ class CausalLM(_HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         return self._counted(super().loglikelihood_rolling, requests, "likelihood")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        with template_errors("apply_chat_template"):
+            return super().apply_chat_template(chat_history, add_generation_prompt)
 
     def _counted(self, score: Callable[..., Any], requests: list[Instance], what: str) -> Any:
         with doing(f"{self.name}: {what}", total=len(requests), shown=self.shown) as self._task:

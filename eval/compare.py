@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapt
 from adapt.arguments import CommandParser
+from adapt.files import loading
 from adapt.files.provenance import git_revision
 from adapt.progress import doing, say
 
@@ -84,6 +84,7 @@ def compare(
     folders = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
     for arm, folder in folders.items():
         check_folder(arm, folder)
+        loading.check_weights(folder, f"{arm}={folder}")
     if corpus is not None:
         next(texts_of(corpus), None)  # refuses a missing file now, not after an hour
     where, as_dtype = chosen_device(device), chosen_dtype(dtype, device)
@@ -106,9 +107,8 @@ def compare(
             )
         else:
             with doing(f"loading {folder}", shown=progress), quiet("lm_eval"):
-                model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-                model.to(where)  # pyright: ignore[reportArgumentType]
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                model = loading.model_of(folder, f"{arm}={folder}", **options).eval().to(where)
+                tokenizer = loading.tokenizer_of(folder, f"{arm}={folder}")
                 lms[arm] = CausalLM(model, name=arm, shown=progress, tokenizer=tokenizer, batch_size=batch_size)
 
     # 2. Quality: each arm through lm-eval.

@@ -22,14 +22,22 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, has_bos_prefix, resolve_max_length
+from lm_eval.models.utils import Collator, has_bos_prefix
 
 import adapt
 from adapt.decoding.settings import changed
 from adapt.progress import Task, doing
-from adapt.tokens import left_padded, text_ids
+from adapt.tokens import chat_text, left_padded, text_ids
 
-from .answers import bounds_of, request_settings, rolling_windows, writes_greedily
+from .answers import (
+    bounds_of,
+    check_max_length,
+    check_requests,
+    model_max_length,
+    request_settings,
+    rolling_windows,
+    writes_greedily,
+)
 from .measure.emitted import Stop, count_tokens, emitted_text, end_of_text_ids
 from .model_args import MODEL_ARGS, SAMPLER_ARGS, check_model_args
 
@@ -67,10 +75,8 @@ class AdaptLM(TemplateLM):
         chat_template_args: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        """pretrained: a diffusion checkpoint, or one that is loaded. max_new_tokens: canvas where a task names none.
-
-        settings: of the sampler, one by one, before those of `sampler`.
-        """
+        """pretrained: a diffusion checkpoint, or one that is loaded. max_new_tokens: canvas where a task names none. settings: of
+        the sampler, one by one, before those of `sampler`."""
         super().__init__()
         if unknown := settings.keys() - SAMPLER_ARGS.keys():
             raise ValueError(
@@ -88,6 +94,7 @@ class AdaptLM(TemplateLM):
         self.max_new_tokens, self.mc_samples, self.seed, self.greedy = max_new_tokens, mc_samples, seed, greedy
         self.chat_template_args = chat_template_args or {}
         self.progress = progress
+        check_max_length(self.lm, max_length)
         self._max_length = max_length
         self._device = self.lm.device
         self._eos_ids = end_of_text_ids(self.lm.model, self.tokenizer)
@@ -119,7 +126,7 @@ class AdaptLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self._max_length or resolve_max_length(self.lm.model.config, self.tokenizer, default=2048)
+        return self._max_length or model_max_length(self.lm)
 
     @property
     def max_gen_toks(self) -> int:
@@ -137,22 +144,20 @@ class AdaptLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as one prompt, by the tokenizer's template (as lm-eval's own Hugging Face model does)."""
-        return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **self.chat_template_args,
-        )
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return chat_text(self.tokenizer, chat_history, "apply_chat_template", **options, **self.chat_template_args)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text of each request up to its first stop string; requests of like settings and length share a batch."""
+        asked: list[Any] = [request.args for request in requests]
         ordered = Collator(
-            [r.args for r in requests],
+            asked,
             sort_fn=lambda request: (-len(self.tok_encode(request[0])), request[0]),
             group_by="gen_kwargs",
             group_fn=lambda request: request[1],  # pyright: ignore[reportGeneralTypeIssues]
         )
+        distinct = {json.dumps(kwargs, default=str): kwargs for _, kwargs in asked}
+        check_requests(self.lm, map(self.settings_of, distinct.values()), self.max_length, self.batch_size)
         generators: dict[str, torch.Generator] = {}
         texts: list[str] = []
         with self._task(len(requests), "adapted: writing", disable_tqdm) as task:
@@ -179,10 +184,6 @@ class AdaptLM(TemplateLM):
 
     def _write(self, contexts: Sequence[str], settings: dict[str, Any], generator: torch.Generator) -> list[str]:
         room = self.max_length - settings["max_gen_toks"]
-        if room < 1:
-            raise ValueError(
-                f"max_gen_toks={settings['max_gen_toks']}: leaves no room for a prompt in max_length={self.max_length}"
-            )
         prompts = [self.tok_encode(context) for context in contexts]
         if any(len(p) > room for p in prompts):
             self._say_once(f"prompts longer than {room} tokens lose their beginning (max_length={self.max_length})")

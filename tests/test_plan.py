@@ -305,7 +305,11 @@ def test_a_config_beside_the_recipe_is_named_and_a_misspelt_recipe_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path)
-    monkeypatch.setattr(planner.AutoConfig, "from_pretrained", lambda _: (_ for _ in ()).throw(OSError("no network")))
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(planner, "config_of", offline)
     assert cli.main(["plan", "--config", f"{folder}/recipe.yaml"]) == 1
     assert f"give one with --model_config, such as {folder}/config.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -1,15 +1,11 @@
 """The model that a conversion starts from: fetched, and held against its own files before memory is taken for it.
 
-Folders come from strangers. Python files in them run only where the user says so; sizes in `config.json` are held against
-the stored tensors; what transformers makes of a broken config (a dozen kinds of exception) is told in one line.
+Folders come from strangers: `files.loading` says what is not believed of them.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention.windows import layer_windows
 from ..files import adapters
 from ..files.json_file import read_json
-from ..files.model_folder import _LICENCES, check_no_code
+from ..files.loading import config_of, skeleton, tokenizer_of
+from ..files.model_config import without_code
+from ..files.model_folder import _LICENCES
 from ..files.safetensors_folder import Shard, read_shards
 from ..files.staging import is_full_disk
 from .embedding_rows import embedding_names
@@ -39,11 +29,6 @@ from .weight_plan import stored_dtype
 # Without any of them transformers makes an empty tokenizer, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
 _KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", *_LICENCES)
-# What the keys of a config are called whose numbers count modules, and whose are a size of tensors.
-_COUNTS = re.compile(r"layers?$|heads?$|experts?$|^n_(layer|head)|groups?$|num_hidden|depth")
-_SIZES = re.compile(r"size|dim$|_dim_|rank|embd|inner|positions|position_embeddings|vocab|window|length|channels|width")
-_MOST, _LARGEST = 1 << 16, 1 << 28
-_BUFFERS = 1 << 30  # bytes; the largest of a real model are some 100 MB of positions
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ def read_base(base: str | Path, adapter: Path | None, scratch: Path, trust_remot
     if adapter is not None:
         folder = adapters.merge_folder(folder, adapter, scratch / "merged", trust_remote_code=trust_remote_code)
     shards = read_shards(folder)
-    model = skeleton(config, base, shards, trust_remote_code=trust_remote_code)
+    model = skeleton(config, f"base={base}", shards, trust_remote_code=trust_remote_code)
     stored = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
     embeddings = embedding_names(model, stored)
     num_rows = stored[embeddings[0]]["shape"][0]
@@ -147,26 +132,13 @@ def read_config(source: Path, base: str | Path, *, trust_remote_code: bool = Fal
     raw = read_json(source / "config.json", f"base={base}")
     if raw.get("diffusion") is not None:
         raise ValueError(f"base={base}: is a diffusion checkpoint already; train it with `model.base: {base}`")
-    if not trust_remote_code:
-        check_no_code(raw, f"base={base}")
-    if raw.get("quantization_config") is not None:
-        raise ValueError(
-            f"base={base}: its weights are quantised (quantization_config); convert the model in bfloat16 or float32"
-        )
-    if raw.get("transformers_weights") is not None:
-        raise ValueError(
-            f"base={base}: config.json names other weights (transformers_weights={str(raw['transformers_weights'])[:60]!r}); "
-            "remove that line"
-        )
-    _check_sizes(raw, f"base={base}: config.json")
-    with _one_line(f"base={base}: config.json makes no model"):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return config_of(source, f"base={base}", trust_remote_code=trust_remote_code)
 
 
 def _generation_config(source: Path, config: PretrainedConfig, base: str | Path) -> dict[str, Any]:
     """generation_config.json as it is, or what transformers would make of the config where there is none."""
     if (source / "generation_config.json").is_file():
-        return read_json(source / "generation_config.json", f"base={base}")
+        return without_code(read_json(source / "generation_config.json", f"base={base}"))
     made = json.loads(GenerationConfig.from_model_config(config).to_json_string())
     made.pop("_from_model_config", None)  # transformers would drop keys that are not its own
     return made
@@ -185,35 +157,6 @@ def check_architecture(config: PretrainedConfig, base: str | Path) -> None:
     layer_windows(config)
 
 
-def skeleton(
-    config: PretrainedConfig, base: str | Path, shards: Mapping[str, Shard], *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The model without memory for its weights; ValueError where a stored tensor has another shape than config.json says."""
-    _check_layers(config, base, shards)
-    with _one_line(f"base={base}: config.json makes no model"):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    stored = {name: tensor["shape"] for shard in shards.values() for name, tensor in shard.tensors.items()}
-    embeddings = {
-        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
-    }
-    prefix = model.base_model_prefix + "."
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shape = stored.get(name, stored.get(name.removeprefix(prefix)))
-        first = 1 if id(parameter) in embeddings else 0  # rows may be more than the vocabulary
-        if shape is not None and shape[first:] != list(parameter.shape)[first:]:
-            raise ValueError(
-                f"base={base}: {name} is stored with the shape {shape}, but config.json says {list(parameter.shape)}; "
-                "wrong config.json, or another model's weights?"
-            )
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
-    if buffers > _BUFFERS:
-        raise ValueError(
-            f"base={base}: config.json asks for {buffers / 1e9:.0f} GB besides the weights; check its numbers of positions"
-        )
-    return model
-
-
 def read_tokenizer(
     source: Path, base: str | Path, num_rows: int, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -222,9 +165,8 @@ def read_tokenizer(
         raise ValueError(
             f"base={base}: no tokenizer in it; put the model's tokenizer.json (or tokenizer.model) beside it"
         )
-    with _one_line(f"base={base}: its tokenizer cannot be read"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    tokenizer = tokenizer_of(source, f"base={base}", trust_remote_code=trust_remote_code)
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     last = max((i for token, i in vocabulary.items() if token not in added), default=-1)
     if last < 0:
         raise ValueError(f"base={base}: its tokenizer has no vocabulary; put the model's own tokenizer.json beside it")
@@ -234,45 +176,3 @@ def read_tokenizer(
             "tokenizer of another model, put the right one beside it"
         )
     return tokenizer
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, OSError, RecursionError):
-        raise
-    except (
-        Exception
-    ) as error:  # found by fuzzing: Attribute-, Key-, Type-, ZeroDivisionError and bare Exceptions of Rust
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{what} ({type(error).__name__}: {reason}); mend it, or download the model again") from error
-
-
-def _check_sizes(section: Any, what: str) -> None:
-    """ValueError for numbers no model has: transformers makes lists and tensors of them before anybody looks."""
-    if isinstance(section, list):
-        for value in section:
-            _check_sizes(value, what)
-    if not isinstance(section, dict):
-        return
-    for key, value in section.items():
-        if isinstance(value, dict | list):
-            _check_sizes(value, what)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            most = _MOST if _COUNTS.search(key) else _LARGEST if _SIZES.search(key) else None
-            if most is not None and not -1 <= value <= most:
-                raise ValueError(f"{what} says {key[:60]}={value}, which no model has (at most {most}); mend it")
-
-
-def _check_layers(config: PretrainedConfig, base: str | Path, shards: Mapping[str, Shard]) -> None:
-    """A million layers are a million modules, before the first missing weight is noticed; a few runs through each may be meant."""
-    numbers = [
-        int(i) for shard in shards.values() for name in shard.tensors for i in re.findall(r"\.(\d{1,9})\.", name)
-    ]
-    stored = 1 + max(numbers, default=-1)
-    layers = getattr(config, "num_hidden_layers", None)
-    if stored and isinstance(layers, int) and layers > 64 * stored:
-        raise ValueError(
-            f"base={base}: config.json says num_hidden_layers={layers}, but the weights have {stored}; wrong config.json?"
-        )

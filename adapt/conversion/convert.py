@@ -21,16 +21,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .. import progress
 from ..arguments import CommandParser
 from ..files import adapters
+from ..files.loading import config_of, tokenizer_of
 from ..files.model_folder import check_model_folder, copy_extras, mark_untrained
 from ..files.safetensors_folder import Shard
 from ..files.staging import check_space, publish, scratch_beside
@@ -162,8 +158,6 @@ def _write_config_and_tokenizer(
     if hasattr(config, "mask_token_id"):
         config.mask_token_id = spec.mask_token_id
     spec.write_to(config)
-    if not trust_remote_code and hasattr(config, "auto_map"):
-        delattr(config, "auto_map")  # its files are not copied
     config.save_pretrained(out)
     generation = {**base.generation, "mask_token_id": spec.mask_token_id}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -182,18 +176,19 @@ def _verify(
     copy_done: Future[None],
 ) -> None:
     """Raises ValueError unless the model of these weights attends as promised, and the tokenizer still knows the mask token."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    what = f"base={original.name}"
+    tokenizer = tokenizer_of(folder, what, trust_remote_code=trust_remote_code)
     if tokenizer.mask_token_id != spec.mask_token_id:
         raise ValueError(
             f"mask_token={tokenizer.mask_token}: the tokenizer does not keep it when it is saved; choose another"
         )
     check_whole(tokenizer)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = config_of(folder, what, trust_remote_code=trust_remote_code)
     kernel = kernel(config) if callable(kernel) else kernel
     options: dict[str, Any] = {"dtype": config.dtype, "writing": folder} | (
         {} if kernel is None else {"attn_implementation": kernel}
     )
-    probe_in_place(type(original.skeleton), config, shards, spec, f"base={original.name}", copy_done, **options)
+    probe_in_place(type(original.skeleton), config, shards, spec, what, copy_done, **options)
 
 
 def main(argv: list[str]) -> None:

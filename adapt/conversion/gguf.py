@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import progress
-from ..files.model_folder import check_loaded
+from ..files.loading import check_loaded
 from ..files.staging import publish, scratch_beside
 from .gguf_header import Header, read_header, write_without_vocabulary
 
@@ -45,6 +45,7 @@ def load_gguf(
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=dtype if dtype is not None else torch.float32,
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     model, loading = loaded
     check_loaded(loading, f"base={path}")
@@ -79,12 +80,12 @@ def _tokenizer(header: Header) -> PreTrainedTokenizerFast:
 
     with tempfile.TemporaryDirectory(prefix="gguf-") as folder:
         name = write_without_vocabulary(header, Path(folder) / "config.gguf", weights=False).name
-        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     # What AutoTokenizer would choose, once it had read the whole file to know the config.
     tokenizer_class: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     if not issubclass(tokenizer_class, PreTrainedTokenizerFast):  # mistral-common's, which reads files of its own
         tokenizer_class = PreTrainedTokenizerFast
-    tokenizer = tokenizer_class.from_pretrained(header.path.parent, gguf_file=header.path.name)
+    tokenizer = tokenizer_class.from_pretrained(header.path.parent, gguf_file=header.path.name, trust_remote_code=False)
     # llama.cpp's word for every byte-level BPE; sentencepiece has no pre-tokenizer to lose
     if header.get("tokenizer.ggml.model") == "gpt2":
         rule, adds_bos = header.get("tokenizer.ggml.pre"), header.get("tokenizer.ggml.add_bos_token")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..attention.layout import Layout
 from .decoder import Decoder
+from .room import check_room
 from .rounds import GenerateOutput, Rounds, Streamer
 from .settings import SamplerConfig
 
@@ -38,6 +39,8 @@ def generate(
     batch.
     """
     _check_prompt(lm, input_ids, attention_mask, max_new_tokens)
+    longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
+    check_room(lm, prompt=longest, blanks=max_new_tokens, rows=len(input_ids), sampler=sampler)
     lm_input = input_ids.to(lm.device)
     real = torch.ones_like(lm_input) if attention_mask is None else attention_mask.to(lm_input).long()
     if sampler.canvas_length is not None and lm.spec.attention != "prefix":
@@ -84,6 +87,8 @@ def infill(
         raise ValueError(
             f"infill: a text has no blank; put the mask token (id {lm.spec.mask_token_id}) where it should write"
         )
+    longest, blanks = int(real.sum(1).max()), int(is_blank.sum(1).max())
+    check_room(lm, prompt=longest - blanks, blanks=blanks, rows=len(tokens), sampler=sampler, what="infill")
     layout = Layout.of("bidirectional", real)
     if lm.spec.attention != "bidirectional":
         before_first = (is_blank.cumsum(1) == 0) & real.bool()
@@ -103,10 +108,3 @@ def _check_prompt(lm: Decoder, input_ids: Tensor, attention_mask: Tensor | None,
         )
     if lm.end_of_text is None:
         raise ValueError("checkpoint: its tokenizer has no end-of-text token, at which to stop; set its eos_token")
-    longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
-    limit = getattr(lm.model.config, "max_position_embeddings", None)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}: with the prompt's {longest} tokens that is more than the "
-            f"{limit} positions that the model has; shorten one of them"
-        )

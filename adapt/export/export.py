@@ -21,15 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .. import progress
 from ..arguments import CommandParser
@@ -38,8 +31,8 @@ from ..conversion.copy_weights import Copy
 from ..conversion.weight_plan import kept_in_float32, stored_dtype
 from ..decoding.settings import SamplerConfig
 from ..files.adapters import base_and_adapter, merge_folder
-from ..files.json_file import read_json
-from ..files.model_folder import check_model_folder, check_no_code, copy_extras
+from ..files.loading import config_of, model_of, skeleton
+from ..files.model_folder import check_model_folder, copy_extras
 from ..files.safetensors_folder import read_shards
 from ..files.staging import check_space, publish, scratch_beside
 from ..lm import spec_and_tokenizer
@@ -86,9 +79,8 @@ def export(
     with scratch_beside(out) as scratch:
         with progress.doing(f"reading {checkpoint}"):
             folder, _ = fetch(checkpoint, scratch)
-        raw = read_json(folder / "config.json", f"checkpoint={checkpoint}")
         todo = "an export loads with transformers alone, so its architecture has to be one of theirs"
-        check_no_code(raw, f"checkpoint={checkpoint}", todo=todo)
+        config = config_of(folder, f"checkpoint={checkpoint}", todo=todo)
         spec, tokenizer = spec_and_tokenizer(folder)
         named = hub_base(spec) or Path(spec.base_model).name  # a stranger has no use for a path of this machine
         source = folder
@@ -99,7 +91,7 @@ def export(
                 source = _in_shards(source, scratch / "shards", max_shard_size, dtype)
         staged = scratch / "export"
         staged.mkdir()
-        _write_model(source, staged, out, AutoConfig.from_pretrained(folder), replace(spec, base_model=named), dtype)
+        _write_model(source, staged, out, config, replace(spec, base_model=named), dtype)
         _generation_config(tokenizer, spec, sampler).save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         _write_code(staged / "custom_generate")
@@ -112,7 +104,7 @@ def export(
 
 
 def _in_shards(source: Path, made: Path, max_shard_size: str, dtype: str | None) -> Path:
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
+    model = model_of(source, f"checkpoint={source}", dtype=dtype or "auto")
     model.save_pretrained(made, max_shard_size=max_shard_size)
     return made
 
@@ -121,12 +113,12 @@ def _write_model(
     source: Path, staged: Path, out: Path, config: PretrainedConfig, spec: DiffusionSpec, dtype: str | None
 ) -> None:
     """Config and weights; the attention pattern is proved on them meanwhile."""
-    shards = read_shards(source, "checkpoint")
+    what = f"checkpoint={source}"
+    shards = read_shards(source, what)
     stored_as, cast = stored_dtype(shards), DTYPES[dtype] if dtype else None
     loaded_as: Any = cast or config.dtype or stored_as
     config.dtype = loaded_as
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config, what, shards, more_rows=False)
     config.architectures = [type(model).__name__]
     spec.write_to(config)
     config.save_pretrained(staged)
@@ -134,10 +126,8 @@ def _write_model(
     copy = Copy(shards, staged, {}, dtype=cast, keep_dtype=kept_in_float32(model, names, loaded_as))
     check_space(out, copy.num_bytes)
     with copy.writing(out) as (readable, copy_done):
-        written = AutoConfig.from_pretrained(staged)
-        probe_in_place(
-            type(model), written, readable, spec, f"checkpoint={source}", copy_done, writing=staged, dtype=loaded_as
-        )
+        written = config_of(staged, what)
+        probe_in_place(type(model), written, readable, spec, what, copy_done, writing=staged, dtype=loaded_as)
 
 
 def _check_settings(out: Path, format: str, dtype: str | None, max_shard_size: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,10 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import progress
-from .model_folder import copy_extras
+from .json_file import read_json
+from .loading import config_of, empty_model, model_of, tokenizer_of
+from .model_config import check_sizes
+from .model_folder import check_files, copy_extras, copy_json
 from .safetensors_folder import INDEX, Shard, bytes_of, read_shards
 
 CONFIG = "adapter_config.json"
@@ -58,6 +60,10 @@ def base_and_adapter(base: str | Path, adapter: str | Path | None) -> tuple[str 
         named = _config(folder).get("base_model_name_or_path")
         if not named:
             raise ValueError(f"base={base}: is an adapter that does not name its model; add --adapter to that model")
+        if not isinstance(named, str):
+            raise ValueError(
+                f"base={base}: base_model_name_or_path in {CONFIG} is {named!r:.60}; must be the name of a model"
+            )
         if not Path(named).is_dir() and (Path(named).is_absolute() or str(named).count("/") != 1):
             raise ValueError(
                 f"base={base}: is an adapter of {named}, which is not here; give the folder of that model, and "
@@ -85,12 +91,36 @@ def _config(adapter: Path) -> dict[str, Any]:
         raise ValueError(f"adapter={adapter}: not a PEFT folder (no {CONFIG} in it)")
     if not (adapter / WEIGHTS).is_file():
         raise ValueError(f"adapter={adapter}: no {WEIGHTS} in it; pickled weights are not read, save it as safetensors")
-    try:
-        config = json.loads(path.read_text())
-        assert isinstance(config, dict)
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"{path}: not the JSON of an adapter ({error}); save it again") from error
+    check_files(adapter, f"adapter={adapter}")
+    config = read_json(path, f"adapter={adapter}")
+    if module := config.get("megatron_config") and config.get("megatron_core"):
+        raise ValueError(
+            f"adapter={adapter}: asks for Python of its own (megatron_core={module!r:.60}), which was not run"
+        )
+    check_sizes(config, f"adapter={adapter}: {CONFIG}")
+    _check_ranks(config, adapter)
     return config
+
+
+def _check_ranks(config: dict[str, Any], adapter: Path) -> None:
+    """ValueError for ranks and counts of virtual tokens beyond what is stored: peft makes tensors of them before it reads."""
+    try:
+        with safe_open(adapter / WEIGHTS, framework="pt") as file:
+            largest = max((max(file.get_slice(key).get_shape(), default=1) for key in file.keys()), default=1)  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"adapter={adapter}: {WEIGHTS} is not a safetensors file ({reason}); save it again") from error
+    patterns = config.get("rank_pattern")
+    ranks = [
+        config.get("r"),
+        *(patterns.values() if isinstance(patterns, dict) else []),
+        config.get("num_virtual_tokens"),
+    ]
+    for rank in ranks:
+        if rank is not None and not (type(rank) is int and 0 < rank <= largest):
+            raise ValueError(
+                f"adapter={adapter}: {CONFIG} says a rank of {rank!r:.40}, but no weight is that large; save it again"
+            )
 
 
 def _same_model(named: str, base: str) -> bool:
@@ -134,7 +164,7 @@ def _beside(model: PreTrainedModel, adapter: Path, **options: Any) -> tuple[Any,
                 stored = set(file.keys())
             beside: Any = peft.PeftModel.from_pretrained(model, str(adapter), **options)
         # What peft raises for weights of other shapes, for modules that are not there, and for a config of another version.
-        except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             raise _misfit(adapter, model, " ".join(str(error).split())) from error
         wanted = set(peft.get_peft_model_state_dict(beside, save_embedding_layers=False))
     if astray := sorted(stored - wanted - set(beside.state_dict())) + sorted(wanted - stored):
@@ -166,18 +196,19 @@ def merge_folder(source: Path, adapter: Path, out: Path, *, trust_remote_code: b
     shards = read_shards(source)
     out.mkdir()
     trusted = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(source, **trusted)
+    what = f"base={source}"
+    config = config_of(source, what, **trusted)
     changes = _changes(config, adapter, {name for shard in shards.values() for name in shard.tensors}, **trusted)
     if changes is not None:
         _merge_tensors(shards, out, changes)
         for name in ("config.json", "generation_config.json", INDEX):
             if (source / name).is_file():
-                shutil.copyfile(source / name, out / name)
+                copy_json(source / name, out, what)
     else:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, **trusted)
-        merged(model, adapter).save_pretrained(out, max_shard_size=_SHARD)
+        merged(model_of(source, what, dtype="auto", **trusted), adapter).save_pretrained(out, max_shard_size=_SHARD)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    AutoTokenizer.from_pretrained(adapter if has_tokenizer else source, **trusted).save_pretrained(out)
+    tokenizer = tokenizer_of(adapter, f"adapter={adapter}") if has_tokenizer else tokenizer_of(source, what, **trusted)
+    tokenizer.save_pretrained(out)
     copy_extras(source, out, **trusted)
     return out
 
@@ -194,7 +225,7 @@ def _changes(
     if any(value and key not in _PLAIN_LORA and value != usual.get(key) for key, value in _config(adapter).items()):
         return None
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: Any = empty_model(config, trust_remote_code=trust_remote_code)
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # before peft puts its own there
     tied = {id(end) for end in ends} if config.tie_word_embeddings else set()
     beside, stored = _beside(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from yaml import YAMLError
+
+from .json_file import read_json
+from .model_config import without_code
 
 _UNTRAINED = "UNTRAINED"
 
@@ -27,18 +29,14 @@ def is_untrained(folder: str | Path) -> bool:
 
 def is_diffusion_checkpoint(folder: str | Path) -> bool:
     """True if the folder's config.json has a `diffusion` section."""
-    path = Path(folder) / "config.json"
-    try:
-        return path.is_file() and "diffusion" in json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download the model again") from error
+    return diffusion_section(folder) is not None
 
 
-def check_loaded(loading: dict[str, Any], what: str) -> None:
-    """Raises ValueError for a tensor that was not found: transformers only warns of it, and leaves it random."""
-    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    if missing:
-        raise ValueError(f"{what}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model")
+def diffusion_section(folder: str | Path) -> Any:
+    """What the folder's config.json has as its `diffusion` section; None where there is none."""
+    if not (Path(folder) / "config.json").is_file():
+        return None
+    return read_json(Path(folder) / "config.json", f"checkpoint={folder}").get("diffusion")
 
 
 def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
@@ -59,17 +57,34 @@ def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
 
 
 _LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*", "*.py")
+"""what is read of a model folder besides its licences"""
 
 
-def check_no_code(
-    config: Mapping[str, Any], what: str, *, todo: str = "read it, and if you trust it say --trust_remote_code true"
-) -> None:
-    """ValueError, of `what` and with what `todo`, for the config.json of a model that only its own Python files can make."""
-    known = isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
-    if config.get("auto_map") and not known:
+def check_files(folder: Path, what: str) -> None:
+    """ValueError, of `what`, where a file that would be read is none, or a link to somewhere else: it would be copied on from there."""
+    for path in sorted({path for pattern in _READ for path in folder.glob(pattern)} if folder.is_dir() else ()):
+        if path.name in _LICENCES:
+            continue  # `copy_extras` leaves them out
+        name = path.relative_to(folder)
+        if not _lies_in(folder, path):
+            raise ValueError(
+                f"{what}: {name} is a link to {os.readlink(path) if path.is_symlink() else path.resolve()}, which is not in the "
+                "folder; put the file itself there"
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{what}: {name} is not a file; download the model again")
+    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{what}: is made by Python code of its own ({str(config['auto_map'])[:60]}), which was not run; {todo}"
+            f"{what}: is a model and an adapter at once, and transformers would put the adapter on; move the adapter out, and name "
+            "it with --adapter"
         )
+
+
+def _lies_in(folder: Path, path: Path) -> bool:
+    """Whether a file of the folder is in it, or in the `blobs` of its repository, where the Hub's cache keeps all files."""
+    home, target = folder.resolve(), path.resolve()
+    return home in target.parents or (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs")
 
 
 def licence_named(folder: Path) -> str | None:
@@ -81,17 +96,22 @@ def licence_named(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def copy_json(source: Path, out: Path, what: str) -> None:
+    """Copies a config file without what names Python files; ValueError, of `what`, where it is no JSON, or a link to somewhere else."""
+    check_files(source.parent, what)
+    content = without_code(read_json(source, what))
+    (out / source.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def copy_extras(source: Path, out: Path, *, trust_remote_code: bool) -> None:
     """Copies the licence, its name (as a card of one line), and the model's own Python where it is trusted.
 
     What a link brings from elsewhere is left out.
     """
-    # In the Hub's cache every file is a link into `blobs` of the same repository.
-    homes = [source.resolve(), source.resolve().parent.parent / "blobs"]
     for path in sorted(source.iterdir()):
         wanted = path.name in _LICENCES or (trust_remote_code and path.suffix == ".py")
-        if wanted and path.is_file() and path.resolve().parent in homes:
+        if wanted and path.is_file() and _lies_in(source, path):
             shutil.copyfile(path, out / path.name)
         # The card itself says things that are not true of a model that is made of this one.
-        if path.name == "README.md" and path.resolve().parent in homes and (named := licence_named(source)):
+        if path.name == "README.md" and path.is_file() and _lies_in(source, path) and (named := licence_named(source)):
             (out / "README.md").write_text(f"---\nlicense: {json.dumps(named)}\n---\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .json_file import _no_key_twice, read_json
+from .model_folder import check_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,13 +50,14 @@ class Shard:
         return self.start + max(tensor["data_offsets"][1] for tensor in self.tensors.values())
 
 
-def read_shards(folder: Path, setting: str = "base") -> dict[str, Shard]:
-    """{file name: Shard} of the weights of a folder, the user's `setting`, in the order of their names.
+def read_shards(folder: Path, what: str | None = None) -> dict[str, Shard]:
+    """{file name: Shard} of the weights of a folder, in the order of their names. what: the setting that a line begins with.
 
     Raises ValueError, naming the file, where there are none, where one is missing, cut short or no safetensors, and where
     the index names what is not there or lies outside of the folder.
     """
-    what = f"{setting}={folder}"
+    what = what or f"base={folder}"
+    check_files(folder, what)
     weight_map: dict[str, str] = {}
     if (folder / SINGLE).is_file():  # where both are there, transformers reads the single file too
         files = [SINGLE]

@@ -46,7 +46,9 @@ def _takes_pieces(config: PretrainedConfig) -> bool:
     windows = layer_windows(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=PIECES)
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=PIECES, trust_remote_code=False
+            )
             tokens, mask = torch.zeros(1, 2, dtype=torch.long), torch.empty(1, 1, 0, 0)
         backbone = backbone_of(model)
         inputs = {"attention_mask": dict.fromkeys(windows, mask) if isinstance(windows, dict) else mask}

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from .. import objective
 from ..attention.layout import Layout
 from ..attention.sdpa_pieces import with_masks
 from ..attention.windows import layer_windows
+from ..files.loading import empty_model
 from ..model.forward import hidden_states
 from ..model.head import after_head
 from ..model.parts import decoder_layers
@@ -169,9 +169,7 @@ def _teacher(recipe: Recipe, model: Any, base: Any, mode: FakeTensorMode) -> Tea
         return Teacher(base, model.disable_adapter)
     with torch.device("meta"), no_init_weights():
         kernel = base.config._attn_implementation
-        frozen: Any = AutoModelForCausalLM.from_config(
-            base.config, dtype=compute_dtype(recipe), attn_implementation=kernel
-        )
+        frozen: Any = empty_model(base.config, dtype=compute_dtype(recipe), attn_implementation=kernel)
         frozen.tie_weights()
     if (layers := _equal_layers(frozen)[0]) is not None:
         del layers[3:]

@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from .. import progress
 from ..conversion.base_model import check_architecture
+from ..files.loading import config_of
 from ..files.model_folder import check_model_folder
 from ..model.precision import resolved_precision
 from ..spec import DiffusionSpec
@@ -100,11 +101,16 @@ def model_config(recipe: Recipe, path: Path | None, recipes: list[Path] | None =
         raise ValueError(f"model.base={base}: a GGUF file has no config.json; give the original's with --model_config")
     if path is None:
         check_model_folder(base, "model.base")
+    todo = "plan a model of transformers' own architectures"
+    what = f"model.base={base}" if path is None else f"model_config={path}"
     try:
-        config = AutoConfig.from_pretrained(base if path is None else path)
+        config = config_of(base if path is None else path, what, todo=todo)
     except (OSError, ValueError) as error:
         if path is not None:
-            raise ValueError(f"model_config={path}: is no model's config.json; give one, such as {example}") from error
+            reason = str(error).removeprefix(f"{what}: ")
+            raise ValueError(f"{what}: is no model's config.json; give one, such as {example} ({reason})") from error
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(
             f"model.base={base}: its config.json cannot be had here; give one with --model_config, such as {example}"
         ) from error

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from ..files.loading import empty_model
+from ..files.model_config import one_line
 from ..training import lora
 from ..training.engine.arguments import compute_dtype
 from ..training.loss.in_forward import attach_loss
@@ -30,7 +32,8 @@ def shape_model(recipe: Recipe, config: PretrainedConfig, *, deepspeed: bool) ->
     """The model of a run as `prepare.prepared` makes it, in fake tensors: adapters, 4-bit weights, dtypes. Takes no memory."""
     ours = recipe.model
     with torch.device("meta"), no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=FLASH)
+        with one_line(f"model.base={ours.base}: config.json makes no model"):
+            model: Any = empty_model(config, dtype=torch.float32, attn_implementation=FLASH)
         model.tie_weights()
         if ours.quantization is not None:
             _quantize(model, compute_dtype(recipe))

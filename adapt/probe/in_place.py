@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import progress
 from ..files.lease import give_lease_back, size_of, take_lease, writer_waits
-from ..files.model_folder import check_loaded
+from ..files.loading import check_loaded
 from ..files.safetensors_folder import DTYPES, Shard
 from ..model.parts import backbone_of
 from ..spec import DiffusionSpec
@@ -83,7 +83,7 @@ def mapped_model(
             files[-1].check()
             weights |= {name: _tensor(files[-1].pages, shard.start, about) for name, about in shard.tensors.items()}
         loaded: Any = model_class.from_pretrained(
-            None, config=config, state_dict=weights, output_loading_info=True, **options
+            None, config=config, state_dict=weights, output_loading_info=True, trust_remote_code=False, **options
         )
         model, info = loaded
         del weights, loaded

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..files import adapters
+from ..files.loading import weights_of
 from .model_section import LoraConfig
 
 
@@ -73,9 +74,8 @@ def merge(
     quantization: what the adapter was trained on. It has learned to mend the rounding of the 4-bit weights, so it is merged
     into those, dequantised, and not into the originals. Raises ValueError if merged it does not compute what it does beside them.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base_folder, dtype=torch.float32, **({} if quantization is None else {"quantization_config": quantization})
-    )
+    quantized: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    model: Any = weights_of(base_folder, f"model.base={base_folder}", dtype=torch.float32, **quantized)
     if quantization is not None:
         model = model.dequantize(dtype=torch.float32)
     whole: Any = adapters.merged(model, adapter)

@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    TrainingArguments,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from ..conversion.base_model import name_of
 from ..conversion.convert import convert
 from ..files.json_file import read_json
-from ..files.model_folder import check_loaded, check_model_folder, check_no_code, is_diffusion_checkpoint
+from ..files.loading import check_weights, config_of, empty_model, tokenizer_of, weights_of
+from ..files.model_folder import check_model_folder, diffusion_section, is_diffusion_checkpoint
 from ..files.provenance import model_files
 from ..files.staging import write_whole
 from ..lm import load
@@ -41,16 +34,17 @@ def check_base(recipe: Recipe) -> None:
     if not base.endswith(".gguf"):
         check_model_folder(base, "model.base")
     if Path(base).is_dir():
-        todo = "train a model of transformers' own architectures"
-        check_no_code(read_json(Path(base) / "config.json", f"model.base={base}"), f"model.base={base}", todo=todo)
-    if recipe.objective.name != "ar" or not is_diffusion_checkpoint(base):
-        return
-    section = json.loads((Path(base) / "config.json").read_text())["diffusion"]
-    if section.get("attention") == "bidirectional":
+        _config(base, base)
+    section = diffusion_section(base)
+    if recipe.objective.name == "ar" and isinstance(section, dict) and section.get("attention") == "bidirectional":
         raise ValueError(
             f"objective.name=ar: model.base={base} is a bidirectional diffusion checkpoint, which a plain load does not run "
             f"causally; give the causal LM that it came from ({section.get('base_model')})"
         )
+
+
+def _config(folder: str | Path, base: str) -> PretrainedConfig:
+    return config_of(folder, f"model.base={base}", todo="train a model of transformers' own architectures")
 
 
 def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | None = None) -> str:
@@ -84,11 +78,13 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
     """The folder to train from. Rank 0 converts or probes; the others come after it and read what it left."""
     base = recipe.model.base
     if recipe.objective.name == "ar":  # the control arm: the causal LM as it is
+        if is_main:
+            check_weights(base, f"model.base={base}")
         return Path(base)
     if is_diffusion_checkpoint(base):
         _check_same_spec(recipe, Path(base), "is a diffusion checkpoint with {}; leave the setting out, or say that")
         if is_main:
-            load(base, device="cpu", attn_implementation=probe_kernel(recipe, AutoConfig.from_pretrained(base)))
+            load(base, device="cpu", attn_implementation=probe_kernel(recipe, _config(base, base)))
         return Path(base)
     converted = output_dir / "converted"
     if converted.exists() and is_main:
@@ -124,7 +120,7 @@ def _check_same_base(base: str, converted: Path) -> None:
     So a base that was moved is the same, and other weights under its path are not.
     """
     if not _note(converted).is_file():  # from before there were notes, or a kill came between
-        spec = DiffusionSpec.of(AutoConfig.from_pretrained(converted), converted)
+        spec = DiffusionSpec.of(_config(converted, base), converted)
         before, now = {"base": spec.base_model, "files": {}}, {}
         is_same = spec.base_model in (base, name_of(base))
     else:
@@ -150,7 +146,7 @@ def _first_change(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _check_same_spec(recipe: Recipe, folder: Path, what: str) -> DiffusionSpec:
     """The folder's spec; ValueError where the recipe says otherwise. `what` says what to do, with {} for what was found."""
     ours = recipe.model
-    spec = DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
+    spec = DiffusionSpec.of(_config(folder, ours.base), folder)
     clean_context = ours.clean_context or ("causal" if ours.attention == "block" else None)
     wanted: dict[str, tuple[object, object]] = {
         "model.attention": (ours.attention or spec.attention, spec.attention),
@@ -165,7 +161,7 @@ def _check_same_spec(recipe: Recipe, folder: Path, what: str) -> DiffusionSpec:
     if recipe.noise.kind == "hybrid":
         wanted["noise.p_uniform"] = (recipe.noise.p_uniform, spec.p_uniform)
     if ours.mask_token is not None:
-        wanted["model.mask_token"] = (ours.mask_token, AutoTokenizer.from_pretrained(folder).mask_token)
+        wanted["model.mask_token"] = (ours.mask_token, tokenizer_of(folder, f"model.base={ours.base}").mask_token)
     for setting, (value, found) in wanted.items():
         if value != found:
             raise ValueError(f"{setting}={value}: {folder} {what.format(found)}")
@@ -181,15 +177,10 @@ def prepared(folder: Path, recipe: Recipe, spec: DiffusionSpec, args: TrainingAr
     """The model with its loss attached, wrapped in adapters and compiled as the recipe says."""
     ours = recipe.model
     _size_nvme_buffers(args, folder)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation=attention_kernel(recipe, AutoConfig.from_pretrained(folder)),
-        output_loading_info=True,
-        **({} if ours.quantization is None else {"quantization_config": lora.nf4(compute_dtype(recipe))}),
-    )
-    model, loading = loaded
-    check_loaded(loading, f"model.base={ours.base}")
+    options: dict[str, Any] = {"attn_implementation": attention_kernel(recipe, _config(folder, ours.base))}
+    if ours.quantization is not None:
+        options["quantization_config"] = lora.nf4(compute_dtype(recipe))
+    model = weights_of(folder, f"model.base={ours.base}", dtype=torch.float32, **options)
     model.config.use_cache = False
     # Some models ship a generation config that transformers refuses to write again; the base's file is copied at the end.
     model.generation_config = GenerationConfig.from_model_config(model.config)
@@ -216,7 +207,7 @@ def _size_nvme_buffers(args: TrainingArguments, folder: Path) -> None:
     if section.get("device") != "nvme" or "buffer_size" in section:
         return
     with whole_weights(args), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = empty_model(_config(folder, str(folder)))
     largest = max(weight.numel() for weight in model.parameters())
     section["buffer_size"] = -(-largest // args.world_size)
 

@@ -18,16 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from .. import progress
 from ..arguments import wait_for_rank_zero
+from ..files.loading import config_of, tokenizer_of
 from ..model.precision import about_precision, resolved_precision
 from ..spec import DiffusionSpec
+from .checkpoints.pickles import check_checkpoint, errors_while_reading
 from .checkpoints.reshard import read_on_any_ranks
 from .checkpoints.resume import (
     begun_precision,
@@ -83,6 +81,7 @@ def train(recipe: Recipe) -> Path:
         )
     with progress.doing("checking the checkpoints and hashing the data"):
         checkpoint = newest_checkpoint(recipe)
+        check_checkpoint(checkpoint)
         provenance = provenance_of(recipe, args.world_size)
     with progress.doing("reading the data"), args.main_process_first(local=False):
         rows = load_split(recipe.data)
@@ -109,8 +108,9 @@ def _train(
     # 2. The checkpoint: converted first if it is a causal LM, and probed.
     with progress.doing("preparing the checkpoint"), args.main_process_first(local=False), whole_weights(args):
         folder = diffusion_checkpoint(recipe, output_dir, is_main)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(AutoConfig.from_pretrained(folder), folder)
+    what = f"model.base={recipe.model.base}"
+    config, tokenizer = config_of(folder, what), tokenizer_of(folder, what)
+    spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(config, folder)
     if recipe.data.canvas_start == "anywhere" and spec.attention == "bidirectional":
         raise ValueError(
             "data.canvas_start=anywhere: a bidirectional checkpoint has no causal context for a canvas to hang off; "
@@ -151,7 +151,7 @@ def _train(
     resharding = read_on_any_ranks(checkpoint, args)
     sampled = None
     if recipe.training.sample_steps:
-        positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+        positions = getattr(config, "max_position_embeddings", None)
         sampled = sample_prompt(recipe, tokenizer, examples, positions or sys.maxsize)
     # 4. The loop.
     with progress.doing("loading the weights"):
@@ -180,7 +180,8 @@ def _train(
         trainer.add_callback(Samples(trainer, trainer.metrics, recipe, spec, sampled))
     with failures_name_the_checkpoint(output_dir), trainer.requests.heeding_signals():
         with progress.doing("preparing the loop" if checkpoint is None else f"reading {checkpoint.name}"):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with errors_while_reading(checkpoint, trainer):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.requests.raise_if_stopped(trainer.state.global_step)
         trainer.guard.report_bad_steps(trainer)
         final = output_dir / "model"

@@ -77,7 +77,7 @@ def measured_rate(base: Path, dtype: torch.dtype) -> float:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).to(device)
     body, row = model.base_model, torch.arange(_ROW["control"], device=device)[None] % model.config.vocab_size
     seconds: list[float] = []
     while len(seconds) < 2 or (sum(seconds) < 6 and len(seconds) < 10):  # the first one warms up

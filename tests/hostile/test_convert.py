@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import data, edited, header, removed, tensors, text, void, without
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -35,73 +36,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 # -- what is done to a good folder ------------------------------------------------------------------------------------
-
-
-def edited(file: str, *path: str, to: Any) -> Callable[[Path], None]:
-    """Sets a key of a JSON file (of its inner objects along the path)."""
-
-    def change(folder: Path) -> None:
-        whole = section = json.loads((folder / file).read_text())
-        for key in path[:-1]:
-            section = section[key]
-        section[path[-1]] = to
-        (folder / file).write_text(json.dumps(whole))
-
-    return change
-
-
-def without(file: str, key: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        whole = json.loads((folder / file).read_text())
-        del whole[key]
-        (folder / file).write_text(json.dumps(whole))
-
-    return change
-
-
-def text(file: str, content: str | bytes) -> Callable[[Path], None]:
-    return lambda folder: void((folder / file).write_bytes(content if isinstance(content, bytes) else content.encode()))
-
-
-def void(_: object) -> None:
-    return None
-
-
-def removed(*files: str) -> Callable[[Path], None]:
-    return lambda folder: void([(folder / file).unlink() for file in files])
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    """Loads the weights of the single file, changes them in place, and saves them."""
-
-    def edit(folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return edit
-
-
-def header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Changes the header of the single file, and leaves its data."""
-
-    def edit(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        data = path.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        head = json.loads(data[8 : 8 + length])
-        change(head)
-        encoded = json.dumps(head).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
-
-    return edit
-
-
-def data(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda folder: void(
-        (folder / "model.safetensors").write_bytes(change((folder / "model.safetensors").read_bytes()))
-    )
 
 
 def mapped_to(file: Any) -> Callable[[Path], None]:
@@ -311,7 +245,7 @@ CASES: dict[str, tuple] = {
     "tokenizer is broken": ("qwen3", text("tokenizer.json", "{"), "its tokenizer cannot be read"),
     "tokenizer is empty": ("qwen3", text("tokenizer.json", "{}"), "its tokenizer cannot be read"),
     "tokenizer of another model": ("qwen3", another_tokenizer, "it is the tokenizer of another model"),
-    "tokenizer config is a list": ("qwen3", text("tokenizer_config.json", "[]"), "its tokenizer cannot be read"),
+    "tokenizer config is a list": ("qwen3", text("tokenizer_config.json", "[]"), "tokenizer_config.json is not valid JSON"),
     "tokenizer code": ("qwen3", tokenizer_code, "its tokenizer cannot be read"),
     "template climbs out": (
         "qwen3",

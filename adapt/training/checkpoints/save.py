@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, Trainer
+from transformers import Trainer
 
-from ...files.model_folder import copy_extras
+from ...files.loading import tokenizer_of
+from ...files.model_folder import copy_extras, copy_json
 from ...files.staging import publish
 from .. import lora
 from ..engine.arguments import compute_dtype, whole_weights
@@ -64,6 +65,7 @@ def save_final(trainer: Trainer, recipe: Recipe, base_folder: Path, final: Path)
     """Writes the Hugging Face folder beside and renames it; adapters are kept in adapter/ and merged into the model."""
     ours = recipe
     dtype = compute_dtype(ours)
+    what = f"model.base={recipe.model.base}"
     staged, adapter = final.with_name(f".{final.name}.incomplete"), final.with_name("adapter")
     unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
     unwrapped.config.use_cache = True
@@ -75,9 +77,9 @@ def save_final(trainer: Trainer, recipe: Recipe, base_folder: Path, final: Path)
         if ours.model.lora:
             with whole_weights(trainer.args):
                 lora.merge(base_folder, adapter, staged, dtype, lora.nf4(dtype) if ours.model.quantization else None)
-            AutoTokenizer.from_pretrained(base_folder).save_pretrained(staged)
+            tokenizer_of(base_folder, what).save_pretrained(staged)
         if (base_folder / "generation_config.json").is_file():
-            shutil.copyfile(base_folder / "generation_config.json", staged / "generation_config.json")
+            copy_json(base_folder / "generation_config.json", staged, what)
         copy_extras(base_folder, staged, trust_remote_code=False)
         (staged / "training_args.bin").unlink(
             missing_ok=True

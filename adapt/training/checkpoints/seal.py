@@ -33,7 +33,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     names = _same_listing(folder)
     files = {
         name: size_and_hash
-        for share in gathered(_hashed(folder, _share(names), sync=True))
+        for share in gathered(_hashed(folder, share(names), sync=True))
         for name, size_and_hash in share.items()
     }
     if _rank() == 0:
@@ -56,7 +56,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint, in a few words, or None; called by all ranks, which read a share each."""
     try:
         files = read_manifest(folder)["files"]
-        found = _damage(folder, {name: files[name] for name in _share(sorted(files))})
+        found = _damage(folder, {name: files[name] for name in share(sorted(files))})
     except ValueError as error:
         found = str(error)
     return next((problem for problem in gathered(found) if problem), None)
@@ -105,7 +105,7 @@ def _same_listing(folder: Path) -> list[str]:
         time.sleep(1)
 
 
-def _share(names: list[str]) -> list[str]:
+def share(names: list[str]) -> list[str]:
     return names[_rank() :: _world_size()]
 
 

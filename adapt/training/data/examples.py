@@ -19,7 +19,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ... import progress, tokens
-from ...tokens import text_ids
+from ...tokens import chat_text, text_ids
 from ..sections import DataConfig
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -204,10 +204,8 @@ def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) 
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-            assert isinstance(before, str)
-            assert isinstance(whole, str)
+            before = chat_text(tokenizer, messages[:i], "data.train", add_generation_prompt=True)
+            whole = chat_text(tokenizer, messages[: i + 1], "data.train")
             if not whole.startswith(before):
                 raise ValueError(
                     "data.train: the chat template does not keep the start of a conversation as it grows, so turns cannot be "

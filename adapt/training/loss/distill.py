@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ...attention.layout import Layout
+from ...files.loading import weights_of
 from ...model.forward import hidden_states
 from ...model.head import after_head
 from ...objective import RowLoss, cross_entropy
@@ -70,7 +71,7 @@ def _without_adapters(head: Any) -> torch.nn.Module:
 
 def load_teacher(folder: str | Path, dtype: torch.dtype, device: torch.device, attn_implementation: str) -> Teacher:
     """A frozen copy of the base; its mask token's row, if it has one, is never asked for."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    model: Any = weights_of(folder, f"model.base={folder}", dtype=dtype, attn_implementation=attn_implementation)
     model.config.is_causal = True  # the layout says who sees whom
     return Teacher(model.to(device).requires_grad_(False).eval())
 
