@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 from . import progress
+from .files.shortage import shortage_line
 
 
 class Verb(NamedTuple):
@@ -161,6 +162,8 @@ def _quiet_when_closed(job: Callable[[], int | None]) -> int:
 
 def _one_line(error: Exception) -> str | None:
     """What to tell the user in one line, or None when only we can mend it and the traceback is the message."""
+    if short := shortage_line(error):
+        return short
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
         if extra is None:

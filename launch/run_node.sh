@@ -27,5 +27,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 first=$(grep -v -E '^[[:space:]]*(#|$)' "$hostfile" | head -n 1 | cut -d ' ' -f 1)
 [ "$script" != recipes/train.py ] || [[ $1 == -* ]] || set -- --config "$@"
-exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:-$first}" \
+exec deepspeed -q --hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:-$first}" \
     --master_port "${MASTER_PORT:-29500}" "$script" "$@"

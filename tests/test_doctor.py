@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,29 +73,79 @@ def test_a_lock_that_a_killed_build_left_is_named_and_one_in_use_is_not(
         assert check.ok
 
 
-def test_shared_memory_of_ended_jobs_is_told_from_that_in_use_and_goes_at_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in place of /dev/shm, and this process as a rank that begins."""
     monkeypatch.setattr(shared_buffers, "FOLDER", tmp_path)
-    for name in ("used", "young", "old"):
-        path = tmp_path / f"deepspeed_allreduce_buffer_0_127.0.0.1_{name}_0"
-        path.write_bytes(bytes(4096))
-        os.utime(path, None if name == "young" else (0, 0))
-    (tmp_path / "deepspeed_of_others").touch()
-    used, young, old = (
-        tmp_path / f"deepspeed_allreduce_buffer_0_127.0.0.1_{name}_0" for name in ("used", "young", "old")
-    )
-    with used.open("r+b") as file, mmap.mmap(file.fileno(), 0):
-        held, left = [check for check in doctor._leftovers() if check.name == "shared memory"]
-        assert (held.ok, held.found) == (True, f"1 buffers of DeepSpeed on CPU, in use by process {os.getpid()}")
-        assert (left.ok, left.mend) == (False, f"rm {old} {young}")
-        monkeypatch.setattr(shared_buffers.atexit, "register", lambda function: None)
-        shared_buffers.remove_left_behind()
-        assert {path.name for path in tmp_path.iterdir()} == {used.name, young.name, "deepspeed_of_others"}
-    monkeypatch.setenv("MASTER_PORT", "young")
-    shared_buffers._remove_own()
-    assert not young.exists()
-    assert used.exists()
+    monkeypatch.setattr(shared_buffers, "_lock", None)
+    monkeypatch.setattr(shared_buffers.atexit, "register", lambda function: None)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "own", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield tmp_path
+    shared_buffers.remove_own()
+
+
+def buffer(shm: Path, name: str, *, is_old: bool = True) -> Path:
+    path = shm / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{name}_0"
+    path.write_bytes(bytes(4096))
+    os.utime(path, (0, 0) if is_old else None)
+    return path
+
+
+def lock_of(path: Path) -> Path:
+    return path.with_name(f"adapt-lock-of-{path.name}")
+
+
+HOLDS = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+
+
+def test_shared_memory_of_ended_jobs_is_told_from_that_in_use_and_goes_at_the_next_start(shm: Path) -> None:
+    used, old, young = buffer(shm, "used"), buffer(shm, "old"), buffer(shm, "young", is_old=False)
+    killed = buffer(shm, "killed", is_old=False)  # a rank of ours, a second ago
+    lock_of(killed).touch()
+    elsewhere = buffer(shm, "elsewhere")  # in a container whose processes are not seen
+    (shm / "deepspeed_of_others").touch()
+    with subprocess.Popen([sys.executable, "-S", "-c", HOLDS, lock_of(elsewhere)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with used.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+            held, left = [check for check in doctor._leftovers() if check.name == "shared memory"]
+            assert (held.ok, held.found) == (
+                True,
+                f"2 buffers of DeepSpeed on CPU, 0.0 GB, in use by process {os.getpid()}",
+            )
+            assert (left.ok, left.mend) == (False, f"rm {killed} {old} {young}")
+            assert ", yours, whose processes have ended; they go at the next start" in left.found
+            shared_buffers.make_room()
+            own = shm / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_own_0"
+            kept = {used, young, elsewhere, lock_of(elsewhere), lock_of(own), shm / "deepspeed_of_others"}
+            assert set(shm.iterdir()) == kept
+        holder.kill()
+    own.touch()
+    shared_buffers.make_room()  # a second run of this process: its own is in use
+    assert own.exists()
+    shared_buffers.remove_own()
+    assert set(shm.iterdir()) == kept - {lock_of(own)}
+
+
+def test_shared_memory_of_another_user_is_named_and_left(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = buffer(shm, "theirs")
+    lock_of(path).touch()
+    monkeypatch.setattr(shared_buffers.os, "getuid", lambda: 4242)
+    (check,) = [check for check in doctor._leftovers() if check.name == "shared memory"]
+    assert check.ok
+    assert f", of {path.owner()}, in use by nobody that you may see" in check.found
+    shared_buffers.make_room()
+    assert path.exists()
+
+
+def test_too_little_shared_memory_is_told_before_a_rank_dies_of_it(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.setattr(shared_buffers.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    with pytest.raises(
+        ValueError, match=r"67 MB are free, and 4 ranks on CPU need 277 MB; `adapt doctor` says whose memory"
+    ):
+        shared_buffers.make_room()
 
 
 def test_missing_libaio_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,6 +322,62 @@ def test_multinode_script_refuses_in_one_line(project: Path, hostfile: str, argv
     assert done.stderr.count("\n") == 1
 
 
+SHELL_WOULD_READ = [
+    "$(touch ran)",
+    "`touch ran`",
+    "a b",
+    "a;b",
+    "*",
+    "{a,b}",
+    "$HOME",
+    "a|b",
+    "a&b",
+    "a>b",
+    "'a'",
+    '"a"',
+    "a\\b",
+    "a#b",
+    "a\nb",
+    "(a)",
+    "!a",
+]
+
+
+@pytest.mark.parametrize("value", SHELL_WOULD_READ)
+@pytest.mark.parametrize("where", ["NCCL_SOCKET_IFNAME", "PYTHONSTARTUP", "argument", "PWD"])
+def test_multinode_script_refuses_what_the_nodes_shells_would_read(project: Path, where: str, value: str) -> None:
+    _stand_in(project, "deepspeed", "touch started")
+    arguments, environment = [], {"SCRIPT": "recipes/doctor.py"}
+    if where == "argument":
+        arguments = ["--timeout", value]
+    elif where == "PWD":
+        project = shutil.copytree(project, project.parent / f"{project.name}-{value.replace('/', '')}")
+    else:
+        environment[where] = value
+    done = _script(project, "run_multinode.sh", *arguments, **environment)
+    assert done.returncode == 2
+    named = "an argument of recipes/doctor.py" if where == "argument" else where
+    assert done.stderr.startswith(f"{named}=")
+    assert "the nodes' shells would read some of its characters" in done.stderr
+    assert not list(project.rglob("started"))
+    assert not list(project.rglob("ran"))
+
+
+def test_multinode_script_removes_old_files_of_its_own_only(project: Path) -> None:
+    for command in ("deepspeed", "python"):
+        _stand_in(project, command, ":")
+    own, users, folder = (project / f".launched-{name}.yaml" for name in ("1-2", "notes", "3-4"))
+    own.touch()
+    users.touch()
+    folder.mkdir()
+    for path in (own, users, folder):
+        os.utime(path, (0, 0))
+    assert _script(project, "run_multinode.sh", "my recipe.yaml").returncode == 0
+    assert not own.exists()
+    assert users.exists()
+    assert folder.exists()
+
+
 def test_scripts_are_shellcheck_clean() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")

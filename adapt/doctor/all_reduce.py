@@ -13,6 +13,8 @@ import sys
 import time
 from datetime import timedelta
 
+from ..training.engine.ports import check_master_port, free_port
+
 _SIZES_MB = (1, 64)
 _REPEATS = 5
 
@@ -28,6 +30,7 @@ def all_reduce_line(timeout_s: int) -> str | None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     device = _own_gpu(int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
+    check_master_port()
     hosts, store = _meet(rank, world_size, timeout_s)
     try:
         timeout = timedelta(seconds=timeout_s)
@@ -129,9 +132,7 @@ def _timed(megabytes: int, rank: int, world_size: int, device) -> tuple[float, f
 
 def launch_ranks(num_ranks: int, timeout_s: int) -> int:
     """Starts `num_ranks` processes here for the all-reduce; the exit code."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(num_ranks):
         place = {

@@ -170,8 +170,10 @@ def _limits() -> Iterator[Check]:
         "disk", free >= _MIN_FREE_GB, f"{free:.0f} GB free in {Path.cwd()}", "set training.output_dir to a larger disk"
     )
     if os.path.isdir("/dev/shm"):
-        shared = shutil.disk_usage("/dev/shm").total / 1e9
-        yield Check("/dev/shm", shared >= _MIN_SHM_GB, f"{shared:.1f} GB", "start the container with --shm-size=16g")
+        usage = shutil.disk_usage("/dev/shm")
+        found = f"{usage.total / 1e9:.1f} GB, {usage.free / 1e9:.1f} GB free"
+        mend = "remove what nobody needs there, or start the container with --shm-size=16g"
+        yield Check("/dev/shm", usage.free / 1e9 >= _MIN_SHM_GB, found, mend)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield Check("open files", soft >= _MIN_OPEN_FILES, f"{soft} (hard limit {hard})", f"ulimit -n {min(hard, 65536)}")
 
@@ -183,17 +185,26 @@ def _leftovers() -> Iterator[Check]:
         yield Check("build lock", False, f"{lock}, {age / 3600:.1f} h old: launches wait for it", f"rm {lock}")
     if not locks:
         yield Check("build locks", True, f"none left in {build_locks.folder()}")
-    found = shared_buffers.buffers()
-    left = [path for path, holders in found.items() if not holders]
-    if held := {pid for holders in found.values() for pid in holders}:
-        pids = ", ".join(map(str, sorted(held)))
-        yield Check(
-            "shared memory", True, f"{len(found) - len(left)} buffers of DeepSpeed on CPU, in use by process {pids}"
-        )
-    if left:
-        size = sum(path.stat().st_size for path in left) / 1e9
-        what = f"{len(left)} buffers of DeepSpeed on CPU, {size:.1f} GB, whose processes have ended; your own go at the next start"
-        yield Check("shared memory", False, what, f"rm {' '.join(map(str, left))}")
+    yield from _shared_memory(shared_buffers.buffers())
+
+
+def _shared_memory(buffers: list[shared_buffers.Buffer]) -> Iterator[Check]:
+    """Whose the buffers of DeepSpeed on CPU are: in use, this user's, or another's, who alone may remove them."""
+
+    def summed(some: list[shared_buffers.Buffer]) -> str:
+        return f"{len(some)} buffers of DeepSpeed on CPU, {sum(buffer.num_bytes for buffer in some) / 1e9:.1f} GB"
+
+    if held := [buffer for buffer in buffers if buffer.is_held]:
+        pids = ", ".join(map(str, sorted({pid for buffer in held for pid in buffer.pids}))) or "in another container"
+        yield Check("shared memory", True, f"{summed(held)}, in use by process {pids}")
+    left = [buffer for buffer in buffers if not buffer.is_held]
+    if own := [buffer for buffer in left if buffer.uid == os.getuid()]:
+        paths = " ".join(str(buffer.path) for buffer in own)
+        found = f"{summed(own)}, yours, whose processes have ended; they go at the next start"
+        yield Check("shared memory", False, found, f"rm {paths}")
+    if others := [buffer for buffer in left if buffer.uid != os.getuid()]:
+        users = ", ".join(sorted({buffer.user for buffer in others}))
+        yield Check("shared memory", True, f"{summed(others)}, of {users}, in use by nobody that you may see")
 
 
 def _output(*command: str) -> str:

@@ -31,12 +31,16 @@ def scratch_beside(out: Path) -> Iterator[Path]:
     for old in sorted(out.parent.iterdir()):
         if old.name.startswith(prefix):
             _remove_if_stale(old)
-    with _no_traceback_when_full(out), tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as scratch:
-        with (Path(scratch) / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.write(socket.gethostname())
-            lock.flush()
-            yield Path(scratch)
+    with _no_traceback_when_full(out):
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        try:
+            with (scratch / _LOCK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock.write(socket.gethostname())
+                lock.flush()
+                yield scratch
+        finally:  # not TemporaryDirectory: where the permission is lost it calls itself without end (Python 3.11)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_space(out: Path, num_bytes: int) -> None:

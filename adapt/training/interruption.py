@@ -23,13 +23,14 @@ from .engine.nvme import has_optimizer_on_nvme
 
 
 class Interrupted(Exception):
-    """A signal came and a checkpoint was saved; the command exits with 128 + signal: 143 after SIGTERM, 130 after Ctrl-C."""
+    """A signal came, and a checkpoint or the final model was saved; exit code 128 + it: 143 after SIGTERM, 130 after Ctrl-C."""
 
-    def __init__(self, signum: int, step: int, is_saved: bool = True) -> None:
+    def __init__(self, signum: int, step: int, is_saved: bool = True, final: Path | None = None) -> None:
         why = "" if signum == signal.SIGINT else f"{signal.Signals(signum).name}: "
+        done = f"came after the last step; {final} is whole"
         saved = f"saved step {step}; the same command goes on"
         lost = f"ended at step {step}; nothing is saved, as DeepSpeed cannot go on with an optimizer on NVMe"
-        super().__init__(f"{why}{saved if is_saved else lost}")
+        super().__init__(f"{why}{done if final is not None else saved if is_saved else lost}")
         self.exit_code = 128 + signum
 
 
@@ -104,6 +105,11 @@ class Requests(TrainerCallback):
     def raise_if_stopped(self, step: int) -> None:
         if self.stopped:
             raise Interrupted(self.signum or signal.SIGTERM, step, self.can_save)
+
+    def raise_if_asked_too_late(self, step: int, final: Path) -> None:
+        """On rank 0, once the final model is written: another rank's exit code would let the launcher kill rank 0 meanwhile."""
+        if self.signum is not None and os.environ.get("RANK", "0") == "0":
+            raise Interrupted(self.signum, step, final=final)
 
 
 def start_worker(init: Callable[[int], None] | None, worker: int) -> None:

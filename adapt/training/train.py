@@ -187,6 +187,7 @@ def _train(
         final = output_dir / "model"
         with progress.doing(f"writing {final}"):
             save_final(trainer, recipe, folder, final)
+        trainer.requests.raise_if_asked_too_late(trainer.state.global_step, final)
     return final
 
 

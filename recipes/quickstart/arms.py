@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from adapt import progress
+from adapt.training.engine.launcher import OWNER
+from adapt.training.engine.ports import free_port
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -37,14 +40,15 @@ def train(arm: str, init: Path, data: Path, folder: Path, overrides: Sequence[st
         progress.say(f"{final} is there already: reused")
         return final
     scripts = str(Path(sys.executable).parent)
-    environment = {"PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
+    environment = {OWNER: str(os.getpid()), "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
     if torch.cuda.device_count() == 0:
         environment["DS_ACCELERATOR"] = "cpu"
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
             usable_cores()
         )  # one rank has them all
     arguments = [
-        *("--num_gpus", "1", str(_FOLDER.parent / "train.py"), "--config", str(_FOLDER / f"{arm}.yaml")),
+        *("--num_gpus", "1", "--master_port", str(free_port())),
+        *(str(_FOLDER.parent / "train.py"), "--config", str(_FOLDER / f"{arm}.yaml")),
         *("--model.base", str(init), "--data.train", str(data), "--training.output_dir", str(folder), *overrides),
         *(["--debug"] if progress.debug else []),
     ]
@@ -54,14 +58,18 @@ def train(arm: str, init: Path, data: Path, folder: Path, overrides: Sequence[st
         command = [sys.executable, "-m", "deepspeed.launcher.runner", *quiet, *arguments]
         with _ended_with_us(subprocess.Popen(command, env=inherited | environment, start_new_session=True)) as launched:
             code = launched.wait()
-    if code != 0:
+    if code != 0 or not final.exists():  # 0 comes also of a launcher that was killed before it had started a rank
         raise ValueError(f"quickstart: training the {arm} arm failed; its reason stands above")
     return final
 
 
 @contextmanager
 def _ended_with_us(launched: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """Inside, Ctrl-C and SIGTERM end the launcher and its ranks too, which save and are waited for."""
+    """Inside, Ctrl-C and SIGTERM end what was launched too: its rank saves, and all of it is waited for.
+
+    The signal goes to the rank, with which the others end. One to the launcher would be followed by a SIGKILL after 30 s, which may
+    fall into a save; one to the runner would end it before its rank.
+    """
 
     def leave(signum: int, frame: object) -> None:
         raise SystemExit(128 + signum)
@@ -70,11 +78,19 @@ def _ended_with_us(launched: subprocess.Popen) -> Iterator[subprocess.Popen]:
     try:
         yield launched
     except BaseException:
-        os.killpg(launched.pid, signal.SIGTERM)  # of its own session, so of its own group: launcher and ranks
-        launched.wait()
+        _end(launched)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end(launched: subprocess.Popen) -> None:
+    with suppress(psutil.NoSuchProcess):
+        launchers = psutil.Process(launched.pid).children()
+        ranks = [rank for launcher in launchers for rank in launcher.children()]
+        for process in ranks or [psutil.Process(launched.pid), *launchers]:
+            process.terminate()
+    launched.wait()
 
 
 def outcome(folder: Path) -> Outcome:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -23,7 +22,8 @@ from ..watch.trackers import PROJECT
 from .build_locks import check_build_locks
 from .ds_config import check_agrees, leave_to_the_recipe, nvme_sections, read_ds_config
 from .nvme import prepare_nvme
-from .shared_buffers import remove_left_behind
+from .ports import check_master_port, free_port
+from .shared_buffers import make_room
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _BITSANDBYTES = tuple(kind.value for kind in OptimizerNames if "8bit" in kind.value or "paged" in kind.value)
@@ -39,6 +39,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.model.quantization or ours.optimizer in _BITSANDBYTES:
         importlib.import_module("bitsandbytes")  # if it is missing, now and not when weights are loaded
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_master_port()
     args = TrainingArguments(
         output_dir=ours.output_dir,
         max_steps=ours.num_steps or 1,
@@ -157,24 +158,19 @@ def _deepspeed(ours: TrainingConfig, world_size: int) -> dict | None:
             "pip install --upgrade deepspeed"
         )
     check_build_locks()
-    remove_left_behind()
     prepare_nvme(ours, nvme_sections(config))
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     if "MASTER_PORT" not in os.environ:
-        alone["MASTER_PORT"] = _free_port()
+        alone["MASTER_PORT"] = free_port()
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))  # one process, started without the launcher
+    if not torch.cuda.is_available():
+        make_room()
     # Before ZeRO-3 scatters weights: accelerate initialises torch's process group on CPU, but not DeepSpeed's view of it.
     with open(os.devnull, "w") as nowhere, nullcontext() if progress.debug else redirect_stdout(nowhere):
         # It prints that its operators are built, and has no switch for that.
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return config
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @contextmanager
