@@ -129,6 +129,43 @@ def test_a_signal_while_a_launch_starts_ends_all_of_it_too(launched, free_port: 
     assert not (folder / "model").exists()
 
 
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_to_the_quickstart_ends_what_it_launched(tmp_path: Path, signum: signal.Signals) -> None:
+    command = [sys.executable, "-m", "adapt.cli", "quickstart", "--fast", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    quickstart = psutil.Process(process.pid)
+    metrics = tmp_path / "out" / "control" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() or process.poll() is not None, "a rank trains")
+    launched = quickstart.children(recursive=True)
+    assert len(launched) >= 3
+    quickstart.send_signal(signum)
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode in (-signum, 128 + signum), said
+    if signum != signal.SIGKILL:  # it has waited for them, so that the same command can be typed at once
+        assert not any(map(is_alive, launched))
+        assert "; the same command goes on" in said
+    wait_until(lambda: not any(map(is_alive, launched)), "all that it launched has ended", SECONDS)
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / "control" / "model").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+def test_a_taken_port_under_the_launcher_is_one_line(tmp_path: Path) -> None:
+    argv = recipe_argv(write_base(tmp_path / "base"), write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        process = two_ranks(
+            [*argv, "--training.micro_batch_size", "4", "--training.deepspeed", "zero0"], other.getsockname()[1]
+        )
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert said.count("another process, perhaps another run, has it; choose another: deepspeed --master_port ") == 1
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
 # --- who is above a rank
 
 
