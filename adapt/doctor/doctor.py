@@ -39,6 +39,8 @@ _EXTRAS = {
     "matplotlib": ("report", "plots"),
 }
 _DISTRIBUTION = {"yaml": "PyYAML"}
+_MAX_RANKS = 256  # each is a process with torch in it
+_MAX_TIMEOUT = 86_400  # seconds
 _MIN_FREE_GB, _MIN_SHM_GB, _MIN_OPEN_FILES = 20, 1, 4096
 
 
@@ -229,8 +231,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--all_reduce_only", action="store_true", help="leave out what this machine can run")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     options = parser.parse_args(argv)
-    if options.ranks < 1:
-        raise ValueError(f"--ranks={options.ranks}: must be at least 1")
+    for name, value, most in (("ranks", options.ranks, _MAX_RANKS), ("timeout", options.timeout, _MAX_TIMEOUT)):
+        if not 1 <= value <= most:
+            raise ValueError(f"--{name}={value}: must be 1 to {most:,}")
     # Before torch is imported: its C++ prints a stack for each address that does not answer, around our one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1

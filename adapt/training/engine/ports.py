@@ -25,7 +25,7 @@ def check_master_port() -> None:
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # which listens there itself
     if os.environ.get("RANK") != "0" or is_torchruns or port in _free_here:
         return
-    if not port.isdecimal() or not 0 < int(port) < 65536:
+    if not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
         raise ValueError(f"MASTER_PORT={port}: must be a port, 1 to 65535")
     try:
         with socket.socket() as listener:
