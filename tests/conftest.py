@@ -60,9 +60,9 @@ def _no_shared_memory_left(request: pytest.FixtureRequest):
     if request.node.get_closest_marker("distributed") is None:
         yield
         return
-    before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    before = set(Path("/dev/shm").glob("*deepspeed_allreduce_buffer_*"))  # and its lock
     yield
-    for left in set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) - before:
+    for left in set(Path("/dev/shm").glob("*deepspeed_allreduce_buffer_*")) - before:
         left.unlink(missing_ok=True)
 
 
