@@ -55,7 +55,7 @@ def adopt(folder: Path) -> str:
     mark = mark_of(folder)
     if mark is not None:
         return mark.run
-    check_ours(folder, [MARK], "output")
+    check_free(folder / MARK)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, Mark(new_run(), None, {}))
     return adopt(folder)
@@ -169,6 +169,14 @@ def check_ours(folder: Path, names: Iterable[str], setting: str) -> None:
             )
 
 
+def check_adoptable(folder: Path, setting: str) -> None:
+    """ValueError, of `setting`, for a folder with something of another's where our mark belongs."""
+    if os.path.lexists(folder / MARK) and mark_of(folder) is None:
+        raise ValueError(
+            f"{setting}={folder}: {MARK} there is not of this run, or was changed since; move it, or choose another folder"
+        )
+
+
 def check_free(path: Path) -> None:
     """ValueError if something has that name, a link included."""
     if os.path.lexists(path):
@@ -220,6 +228,15 @@ def withdraw(folder: Path) -> None:
     """Takes back the mark of a folder in which nothing else is, and the folder."""
     if mark_of(folder) is not None and [path.name for path in folder.iterdir()] == [MARK]:
         (folder / MARK).unlink()
+        _remove_if_empty(folder)
+
+
+def withdraw_unused(folder: Path, *, and_folder: bool) -> None:
+    """Takes back the mark of a folder that a run was to write into, and has not (nothing that it lists is there), and an empty folder."""
+    mark = mark_of(folder)
+    if mark is not None and mark.files is not None and not any(os.path.lexists(folder / name) for name in mark.files):
+        (folder / MARK).unlink()
+    if and_folder:
         _remove_if_empty(folder)
 
 

@@ -113,10 +113,14 @@ def locked(path: Path, setting: str) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise ValueError(f"{setting}: {path} cannot be written ({error.strerror}); choose another folder") from error
-    with os.fdopen(handle, "r+") as lock:
-        holder = lock.read(200) if stat.S_ISREG(os.fstat(handle).st_mode) else "a pipe"
+    not_ours = ValueError(f"{setting}: {path} is no lock of ours; move it, or choose another folder")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise not_ours
+    with os.fdopen(handle, "r+", errors="replace") as lock:
+        holder = lock.read(200)
         if holder and not holder.startswith(_LOCKED_BY):
-            raise ValueError(f"{setting}: {path} is no lock of ours; move it, or choose another folder")
+            raise not_ours
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle).st_nlink == 0:  # its holder ended between our opening it and our locking it

@@ -138,6 +138,10 @@ def _check_same_base(base: str, converted: Path) -> None:
     """
     way_out = "remove it, or choose another training.output_dir"
     note = converted.with_name(_NOTE)
+    if not is_diffusion_checkpoint(converted):
+        raise ValueError(
+            f"training.output_dir={converted.parent}: {converted.name}/ there is no conversion of ours; move it"
+        )
     if changed := marks.changed_since_written(converted):
         raise ValueError(
             f"model.base={base}: {converted} was converted earlier, and its {changed} has changed since; {way_out}"

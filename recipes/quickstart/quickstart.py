@@ -128,6 +128,7 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
 def _kept_plan(out: Path, settings: dict) -> Plan | None:
     """The plan that a quickstart in `out` made; ValueError if it was one with other settings, whose parts cannot be reused, or if
     there is something in the way that no quickstart wrote."""
+    marks.check_adoptable(out, "out")
     marks.check_ours(out, (*_MADE, _PLAN), "out")
     marks.adopt(out)
     if not (out / _PLAN).is_file():

@@ -33,6 +33,7 @@ def check_run_folder(output_dir: str) -> Path:
     """The folder, in which this run can write and will replace nothing that is not its own; ValueError otherwise."""
     setting = "training.output_dir"
     folder = check_folder(output_dir, setting)
+    marks.check_adoptable(folder, setting)
     marks.check_ours(folder, (CONFIG, VERSIONS, *_GROWING), setting)
     return folder
 
@@ -46,7 +47,7 @@ def check_nothing_in_the_way(output_dir: Path) -> None:
                 f"{setting}={output_dir}: {name}/ there holds what this run did not write; move it, or choose another folder "
                 "(nothing was overwritten)"
             )
-    if (output_dir / "checkpoints").exists() and not (output_dir / "checkpoints").is_dir():
+    if os.path.lexists(output_dir / "checkpoints") and not (output_dir / "checkpoints").is_dir():
         raise ValueError(f"{setting}={output_dir}: checkpoints there is no folder; move it, or choose another folder")
     for path in numbered_checkpoints(output_dir):
         if not (path / COMPLETE).is_file() and not (run is not None and marks.is_ours(path, run)):
@@ -59,14 +60,13 @@ def check_nothing_in_the_way(output_dir: Path) -> None:
 @contextmanager
 def run_lock(output_dir: Path) -> Iterator[None]:
     """Inside, no other process may train in this folder, which is made if need be and marked; ValueError while another one does."""
-    was_there = output_dir.is_dir()
+    made = not output_dir.is_dir()
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with locked(output_dir / ".lock", f"training.output_dir={output_dir}"):
             yield
     finally:
-        if not was_there:
-            marks.withdraw(output_dir)
+        marks.withdraw_unused(output_dir, and_folder=made)
 
 
 def begin_run(output_dir: Path) -> str:
