@@ -172,9 +172,7 @@ def check_ours(folder: Path, names: Iterable[str], setting: str) -> None:
 def check_adoptable(folder: Path, setting: str) -> None:
     """ValueError, of `setting`, for a folder with something of another's where our mark belongs."""
     if os.path.lexists(folder / MARK) and mark_of(folder) is None:
-        raise ValueError(
-            f"{setting}={folder}: {MARK} there is not of this run, or was changed since; move it, or choose another folder"
-        )
+        raise ValueError(f"{setting}={folder}: {MARK} there is not of this run; move it, or choose another folder")
 
 
 def check_free(path: Path) -> None:
@@ -232,7 +230,7 @@ def withdraw(folder: Path) -> None:
 
 
 def withdraw_unused(folder: Path, *, and_folder: bool) -> None:
-    """Takes back the mark of a folder that a run was to write into, and has not (nothing that it lists is there), and an empty folder."""
+    """Takes back the mark of a folder of which nothing that it lists is there, because a run was refused; and an empty folder."""
     mark = mark_of(folder)
     if mark is not None and mark.files is not None and not any(os.path.lexists(folder / name) for name in mark.files):
         (folder / MARK).unlink()

@@ -36,7 +36,7 @@ def provenance_of(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
     The model's files join it when there is one to train (`start_model.diffusion_checkpoint` may have to convert it first).
     """
-    held_out = {} if recipe.data.eval is None or isinstance(recipe.data.eval, float) else data_files(recipe.data.eval)
+    held_out = data_files(recipe.data.eval) if isinstance(recipe.data.eval, str | list) else {}
     return {
         "versions": versions(), "world_size": world_size, "data": data_files(recipe.data.train), "eval": held_out
     }  # fmt: skip
@@ -72,6 +72,7 @@ def check_finite(trainer: Trainer, outcome: str) -> None:
 
     So it may be the optimizer that made it so, as of a learning rate without bounds; `outcome` says what was not done.
     """
+    assert trainer.model is not None
     if bad := next(filter(None, gathered(first_not_finite_parameter(trainer.model.named_parameters()))), None):
         raise ValueError(
             f"training.learning_rate={trainer.args.learning_rate:g}: the weights of step {trainer.state.global_step} are not finite "

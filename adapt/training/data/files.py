@@ -119,7 +119,7 @@ def for_datasets(names: list[str]) -> dict[str, Any]:
 
 def stamps(config: DataConfig) -> dict[str, tuple[int, int, int]]:
     """Inode, size and time of modification of the local files of data.train and data.eval."""
-    held_out = [] if config.eval is None or isinstance(config.eval, float) else named_files(config.eval)
+    held_out = named_files(config.eval) if isinstance(config.eval, str | list) else []
     files = [Path(name) for name in [*named_files(config.train), *held_out]]
     found = {str(path): path.stat() for path in files if path.is_file()}
     return {name: (of.st_ino, of.st_size, of.st_mtime_ns) for name, of in found.items()}
