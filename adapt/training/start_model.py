@@ -118,7 +118,7 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
             shift_logits=bool(recipe.model.shift_logits),
             attn_implementation=partial(probe_kernel, recipe),
         )
-    if is_main and not os.path.lexists(converted.with_name(_NOTE)):
+    if is_main and (marks.is_as_written(output_dir, _NOTE) or not os.path.lexists(converted.with_name(_NOTE))):
         _note_base(base, converted)
     what = "was converted earlier with {}; remove it, or choose another training.output_dir"
     _check_same_spec(recipe, converted, what)
