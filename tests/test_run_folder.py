@@ -23,7 +23,7 @@ from adapt.files import marks
 from adapt.files.finite import check_folder_finite, first_not_finite_parameter
 from adapt.files.provenance import model_files
 from adapt.training import train
-from adapt.training.checkpoints import resume, run_folder, save
+from adapt.training.checkpoints import resume, run_folder
 from adapt.training.recipe import Recipe, parse_recipe
 
 STEPS = {"training__num_steps": 4, "training__save_steps": 2}
@@ -307,15 +307,14 @@ def test_a_tokenizer_that_cannot_be_saved_ends_the_run_before_it_begins(folder: 
     assert not (folder.parent / "x").exists()
 
 
-@pytest.mark.parametrize("content", ["link", "not JSON", "[]"])
-def test_a_generation_config_that_is_none_is_not_copied(folder: Path, tmp_path: Path, content: str) -> None:
-    secret = tmp_path / "id_rsa"
-    secret.write_text("{}\n" if content == "link" else content)
-    path = folder / "base" / "generation_config.json"
-    path.unlink(missing_ok=True)
-    path.symlink_to(secret) if content == "link" else path.write_text(content)
-    save.copy_generation_config(folder / "base", tmp_path)
-    assert not (tmp_path / "generation_config.json").exists()
+@pytest.mark.parametrize("content", ["not JSON", "[]"])
+def test_a_generation_config_that_is_none_costs_no_model_and_is_not_copied(folder: Path, capsys, content: str) -> None:
+    checkpoint = folder / "diffusion"
+    shutil.copytree(folder / "run" / "converted", checkpoint)
+    (checkpoint / "generation_config.json").write_text(content)
+    shutil.rmtree(folder / "run")
+    assert cli.main(["train", *argv(folder, model__base=checkpoint)]) == 0
+    assert (folder / "run" / "model" / "generation_config.json").read_text() != content
 
 
 # -- kept where the last write fails
