@@ -21,6 +21,7 @@ import torch
 import adapt
 from adapt.arguments import CommandParser
 from adapt.files import loading
+from adapt.files.outputs import claimed
 from adapt.files.provenance import git_revision
 from adapt.progress import doing, say
 
@@ -258,7 +259,10 @@ def main(argv: list[str]) -> int:
     options["tasks"] = [t.strip() for t in options["tasks"].split(",") if t.strip()]
     options["sweep"] = _split(options["sweep"], "sweep", float)
     options["speed_batch_sizes"] = _split(options["speed_batch_sizes"], "speed_batch_sizes", int)
-    announce(compare(**options, command=shlex.join(["adapt", "compare", *argv])), options["out"])
+    refuse_existing(options["out"], options["overwrite"])
+    with claimed(Path(options["out"])):
+        report = compare(**options, command=shlex.join(["adapt", "compare", *argv]))
+    announce(report, options["out"])
     return 0
 
 

@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and not {"converted", "converted_from.json"} & set(path.parts)
+        if path.is_file() and not {"converted", "converted_from.json", ".adapt.json"} & set(path.parts)
     }
 
 

@@ -210,7 +210,7 @@ def test_data_that_cannot_be_learned_from_is_refused(tmp_path, rows, settings, t
         ({}, "no such file"),
         ({"a.jsonl": ""}, "is empty, nothing to train on"),
         ({"a.json": "[]"}, "is empty, nothing to train on"),
-        ({"a.jsonl": '{"text": '}, "cannot be read as json"),
+        ({"a.jsonl": '{"text": '}, "a.jsonl: row 1 is not valid JSON"),
         ({"a.parquet": "no parquet"}, "cannot be read as parquet"),
         ({"a.csv": "text\ncat\n"}, "files of one kind only, out of .json, .jsonl, .parquet, .txt"),
         ({"a.jsonl": '{"text": "cat"}', "b.txt": "cat"}, "files of one kind only"),

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.integrations.flex_attention import flex_attention_forward
 
+from adapt.training.checkpoints.run_folder import begin_run
 from adapt.training.recipe import DataConfig, ModelConfig, Recipe, TrainingConfig, parse_recipe
 from adapt.training.start_model import attention_kernel, diffusion_checkpoint, probe_kernel
 from adapt.training.train import train
@@ -126,6 +127,7 @@ def test_what_was_converted_earlier_goes_with_the_same_base_alone(tmp_path: Path
         named = replace(recipe(), model=ModelConfig(base=str(base)))
         return diffusion_checkpoint(named, out, is_main=True)
 
+    begin_run(out)
     assert converted(base) == out / "converted"
     base = base.rename(tmp_path / "moved")
     assert converted(base) == out / "converted"

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from adapt.files.marks import MARK
 from adapt.training.recipe import parse_recipe
 from adapt_eval.report.words import sentences
-from adapt_recipes.quickstart import arms, budget, quickstart
+from adapt_recipes.quickstart import arms, budget, extraction, quickstart
 from adapt_recipes.quickstart.arms import Outcome
 from adapt_recipes.quickstart.budget import ALL_EXAMPLES, ALL_ITEMS, FEWEST_ITEMS, Plan, planned
 
@@ -106,15 +107,26 @@ def test_a_second_start_keeps_the_plan_and_other_settings_are_refused(tmp_path: 
         quickstart._kept_plan(tmp_path, settings | {"minutes": 40.0})
 
 
-def test_fresh_removes_what_a_quickstart_made_and_nothing_else(tmp_path: Path) -> None:
+def test_fresh_refuses_a_folder_that_no_quickstart_made(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not a quickstart's folder"):
-        quickstart.main(["--fast", "--fresh", "--out", str(tmp_path)])
-    assert (tmp_path / "data").is_dir()
-    (tmp_path / "quickstart.json").write_text("{}")
+    for name in ("thesis.txt", "data/train.jsonl", "quickstart.json"):
+        (tmp_path / name).write_text("{}")
+        for fresh in (["--fresh"], []):
+            with pytest.raises(ValueError, match=r"is not a quickstart's folder|there is not of this run"):
+                quickstart.main(["--fast", *fresh, "--out", str(tmp_path)])
+        assert (tmp_path / name).read_text() == "{}"
+
+
+def test_fresh_removes_what_a_quickstart_made_and_nothing_else(tmp_path: Path) -> None:
+    quickstart._kept_plan(tmp_path, {})
+    extraction.write_dataset(tmp_path / "data", train=2, test=1)
+    quickstart._write_tiny_base(tmp_path / "base")
+    mine = {tmp_path / "thesis.txt", tmp_path / "data" / "notes.md", tmp_path / "report" / "report.json"}
+    (tmp_path / "report").mkdir()
+    for path in mine:
+        path.write_text("mine")
     quickstart._remove(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert {path for path in tmp_path.rglob("*") if path.is_file() and path.name != MARK} == mine
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3"])

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adapt
 from adapt import cli
 from adapt.attention.layout import Layout
+from adapt.files import marks
 from adapt.training import train, trainer
+from adapt.training.checkpoints.run_folder import run_of
 from adapt.training.recipe import parse_recipe
 
 # float32, 6 steps of 8 rows on a random Llama of 19 k parameters: changes only with what a run computes.
@@ -227,7 +229,7 @@ def test_half_written_checkpoints_are_ignored_and_removed(run, base: Path) -> No
     shutil.rmtree(out / "model")
     (out / "checkpoints" / "checkpoint-6" / "COMPLETE").unlink()
     (out / "checkpoints" / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut short")
-    (out / ".model.incomplete").mkdir()
+    marks.begin(out / ".model.incomplete", run_of(out) or "")
     (out / ".model.incomplete" / "model-00009-of-00009.safetensors").touch()
     lines = (out / "metrics.jsonl").read_text()
     (out / "metrics.jsonl").write_text(lines[: len(lines) - 40])
@@ -262,8 +264,8 @@ def test_resuming_where_logs_and_checkpoints_fall_apart_gives_the_same_curve(run
 
 HOLDING = """
 import pathlib, time
-from adapt.training.checkpoints import resume
-with resume.run_lock(pathlib.Path(argv[0])):
+from adapt.training.checkpoints import run_folder
+with run_folder.run_lock(pathlib.Path(argv[0])):
     print("held", flush=True)
     time.sleep(3600)
 """
@@ -409,9 +411,9 @@ def test_a_run_of_before_a_setting_existed_goes_on_with_its_default(run) -> None
     shutil.rmtree(out / "model")
     saved = yaml.safe_load((out / "config.yaml").read_text())
     del saved["noise"]["t_max"], saved["objective"]["block_sizes"], saved["model"]["clean_context"]
-    (out / "config.yaml").write_text(yaml.safe_dump(saved))
+    marks.write(out, "config.yaml", yaml.safe_dump(saved))
     assert run(training__save_steps=2, training__num_steps=4) == out
-    (out / "config.yaml").write_text(yaml.safe_dump(saved))
+    marks.write(out, "config.yaml", yaml.safe_dump(saved))
     shutil.rmtree(out / "model")
     with pytest.raises(ValueError, match=r"noise.t_max=0.8: .* was started with no such setting"):
         run(training__save_steps=2, training__num_steps=4, noise__t_max=0.8, objective__weight="uniform")

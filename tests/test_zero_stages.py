@@ -81,7 +81,7 @@ def test_nvme_offload_has_that_curve_too_writes_the_weights_to_the_folder_and_cl
     log, seen = folder / "nvme.log", set()
     processes = kill_resume.start(argv(folder, "nvme", **settings), 2, log)
     while any(process.is_alive() for process in processes):
-        for file in swap.glob("adapt-*/rank?/zero_stage_3/*/rank?/*"):
+        for file in swap.glob("adapt-*-rank?/swap/zero_stage_3/*/rank?/*"):
             seen.add(f"{file.parent.name} {file.parent.parent.name}")
         time.sleep(0.1)
     assert kill_resume.finish(processes, log) == [0, 0], log.read_text()

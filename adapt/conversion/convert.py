@@ -27,9 +27,11 @@ from .. import progress
 from ..arguments import CommandParser
 from ..files import adapters
 from ..files.loading import config_of, tokenizer_of
+from ..files.marks import publish_marked
 from ..files.model_folder import check_model_folder, copy_extras, mark_untrained
+from ..files.outputs import check_new_folder, scratch_beside
 from ..files.safetensors_folder import Shard
-from ..files.staging import check_space, publish, scratch_beside
+from ..files.staging import check_space
 from ..model.precision import DTYPES
 from ..probe.in_place import probe_in_place
 from ..spec import ATTENTIONS, CLEAN_CONTEXTS, DiffusionSpec
@@ -73,9 +75,7 @@ def convert(
     a function that chooses one for the config. adapter: a PEFT folder that is merged into `base` first.
     Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
     """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"out={out}: exists already; choose a new folder or remove it (nothing was overwritten)")
+    out = check_new_folder(out)
     _check_attention(attention, block_size, clean_context)
     if attention == "block":
         clean_context = clean_context or "causal"
@@ -125,7 +125,7 @@ def convert(
             # 3. The proof, while they are written.
             if verify:
                 _verify(staged, readable, original, spec, attn_implementation, trust_remote_code, copy_done)
-        publish(staged, out)
+        publish_marked(staged, out)
     return out
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import progress
 from ..files.loading import check_loaded
-from ..files.staging import publish, scratch_beside
+from ..files.marks import publish_marked
+from ..files.outputs import check_new_folder, scratch_beside
 from .gguf_header import Header, read_header, write_without_vocabulary
 
 if TYPE_CHECKING:
@@ -60,16 +61,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 def gguf_to_folder(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write the model as an ordinary Hugging Face folder, whole or not at all; the folder."""
-    out = Path(out).resolve()
-    if out.exists():
-        raise ValueError(f"out={out}: exists already; remove it or choose another folder")
+    out = check_new_folder(out).resolve()
     with scratch_beside(out) as scratch:
         model, tokenizer = load_gguf(path, dtype, scratch=scratch)
         staged = scratch / "model"
         with progress.doing("writing the dequantised weights"):
             model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        publish(staged, out)
+        publish_marked(staged, out)
     return out
 
 

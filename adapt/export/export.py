@@ -31,10 +31,12 @@ from ..conversion.copy_weights import Copy
 from ..conversion.weight_plan import kept_in_float32, stored_dtype
 from ..decoding.settings import SamplerConfig
 from ..files.adapters import base_and_adapter, merge_folder
+from ..files.finite import check_folder_finite
 from ..files.loading import config_of, model_of, skeleton
 from ..files.model_folder import check_model_folder, copy_extras
+from ..files.outputs import check_new_folder, scratch_beside
 from ..files.safetensors_folder import read_shards
-from ..files.staging import check_space, publish, scratch_beside
+from ..files.staging import check_space, publish
 from ..lm import spec_and_tokenizer
 from ..model.precision import DTYPES
 from ..probe.in_place import probe_in_place
@@ -128,11 +130,12 @@ def _write_model(
     with copy.writing(out) as (readable, copy_done):
         written = config_of(staged, what)
         probe_in_place(type(model), written, readable, spec, what, copy_done, writing=staged, dtype=loaded_as)
+    with progress.doing("checking that the weights are numbers"):  # the probe has not read every row of the embedding
+        check_folder_finite(staged, what)
 
 
 def _check_settings(out: Path, format: str, dtype: str | None, max_shard_size: str | None) -> None:
-    if out.exists():
-        raise ValueError(f"out={out}: exists already; choose a new folder or remove it (nothing was overwritten)")
+    check_new_folder(out)
     if format not in FORMATS:
         raise ValueError(f"format={format}: choose one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:

@@ -20,10 +20,12 @@ from .json_file import read_json
 from .loading import config_of, empty_model, model_of, tokenizer_of
 from .model_config import check_sizes
 from .model_folder import check_files, copy_extras, copy_json
+from .provenance import first_change, model_files
 from .safetensors_folder import INDEX, Shard, bytes_of, read_shards
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TRAINED_ON = "trained_on.json"  # the files of the model that training had under it, written beside the adapter
 _SHARD = "5GB"
 # What an adapter's config may say where we merge layer by layer, and no forward shows whether that was right.
 _PLAIN_LORA = {
@@ -69,11 +71,24 @@ def base_and_adapter(base: str | Path, adapter: str | Path | None) -> tuple[str 
                 f"base={base}: is an adapter of {named}, which is not here; give the folder of that model, and "
                 f"--adapter {base}"
             )
+        check_trained_on(folder, named)
         return str(named), folder
     if adapter is None:
         return base, None
     _check(Path(adapter), base)
+    check_trained_on(Path(adapter), base)
     return base, Path(adapter)
+
+
+def check_trained_on(adapter: Path, base: str | Path) -> None:
+    """ValueError where the adapter says which files it was trained on, and those of `base` are others under the same path."""
+    if not (adapter / TRAINED_ON).is_file():
+        return
+    before, now = read_json(adapter / TRAINED_ON, f"adapter={adapter}"), model_files(base)
+    if now and (changed := first_change(before, now)):
+        raise ValueError(
+            f"adapter={adapter}: was trained on other weights than those in {base} ({changed} differs); put those back, or train again"
+        )
 
 
 def _check(adapter: Path, base: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import platform
 import struct
 import subprocess
@@ -13,6 +14,13 @@ from typing import Any, BinaryIO
 
 _HASHED_WHOLE = 4 << 30  # bytes; a few seconds
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_MODEL_FILES = (
+    *("config.json", "adapter_config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+Files = dict[str, dict[str, Any]]
+"""{name: {"bytes", "sha256"}}"""
 
 
 def sha256(file: Path | BinaryIO) -> str:
@@ -26,31 +34,41 @@ def sha256(file: Path | BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def sampled_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def sampled_files(paths: Iterable[Path]) -> Files:
     """Files by name: size, and the sha256 of at most 4 MiB spread over the file, so that it costs no time.
 
     Not the time of modification: a copy or a checkout changes that and no content. What is no file is left out.
     """
-    return {str(path): {"bytes": path.stat().st_size, "sha256": _sampled(path)} for path in paths if path.is_file()}
+    found: Files = {}
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                found[str(path)] = sampled(file)
+    return found
 
 
-def _sampled(path: Path) -> str:
-    size, digest = path.stat().st_size, hashlib.sha256()
+def sampled(file: BinaryIO) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file that is open, as `sampled_files` has them."""
+    size, digest = file.seek(0, io.SEEK_END), hashlib.sha256()
+    file.seek(0)
     if size <= _SAMPLES * _SAMPLE_BYTES:
-        return sha256(path)
-    with path.open("rb") as file:
-        for i in range(_SAMPLES):  # the first and the last bytes among them
-            file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+        return {"bytes": size, "sha256": sha256(file)}
+    for i in range(_SAMPLES):  # the first and the last bytes among them
+        file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+        digest.update(file.read(_SAMPLE_BYTES))
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def model_files(base: str | Path) -> dict[str, dict[str, Any]]:
-    """`sampled_files` of a model folder or a .gguf file, by their bare names; nothing for a Hub id."""
+def model_files(base: str | Path) -> Files:
+    """`sampled_files` of what a model folder computes and reads text with, or of a .gguf file, by bare names; nothing for a Hub id."""
     path = Path(base)
-    names = ("config.json", "adapter_config.json", "*.safetensors")
-    files = [path] if path.is_file() else [file for name in names for file in sorted(path.glob(name))]
+    files = [path] if path.is_file() else [file for name in _MODEL_FILES for file in sorted(path.glob(name))]
     return {Path(name).name: found for name, found in sampled_files(files).items()}
+
+
+def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The name of a file that is another one now, or is there in one of them only; None where they are the same."""
+    return next((name for name in sorted({*before, *now}) if before.get(name) != now.get(name)), None)
 
 
 def checkpoint_sha256(folder: Path) -> dict[str, Any]:

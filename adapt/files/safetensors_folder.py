@@ -71,7 +71,7 @@ def read_shards(folder: Path, what: str | None = None) -> dict[str, Shard]:
     for name in files:
         if not (folder / name).is_file():
             raise ValueError(f"{what}: {INDEX} names {name}, which is missing; download the model again")
-    shards = {name: _read_shard(folder / name, what) for name in files}
+    shards = {name: read_shard(folder / name, what) for name in files}
     home: dict[str, str] = {}
     for file, shard in shards.items():
         for tensor in shard.tensors:
@@ -97,7 +97,8 @@ def _weight_map(index: dict[str, Any], what: str) -> dict[str, str]:
     return weight_map
 
 
-def _read_shard(path: Path, what: str) -> Shard:
+def read_shard(path: Path, what: str) -> Shard:
+    """One safetensors file; ValueError that begins with `what` where it is none, or was cut short."""
     what = f"{what}: {path.name}"
     try:
         with safe_open(

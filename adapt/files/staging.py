@@ -1,46 +1,16 @@
-"""A folder or a file appears under its name whole, or not at all: it is made beside it and renamed.
-
-What a killed run left is recognised (it has a lock that nobody holds) and removed by the next run for the same name.
-"""
+"""A folder or a file appears under its name whole, or not at all: it is made beside it and renamed."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import socket
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import progress
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, or what a file may hold
-_LOCK = "lock"
-_SECONDS_TO_LOCK = 60  # between a scratch folder's birth and its lock, generously
-
-
-@contextmanager
-def scratch_beside(out: Path) -> Iterator[Path]:
-    """An empty folder on the disk of `out`, which goes with all that is in it; ValueError where the disk is full."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.converting-"
-    for old in sorted(out.parent.iterdir()):
-        if old.name.startswith(prefix):
-            _remove_if_stale(old)
-    with _no_traceback_when_full(out):
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-        try:
-            with (scratch / _LOCK).open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                lock.write(socket.gethostname())
-                lock.flush()
-                yield scratch
-        finally:  # not TemporaryDirectory: where the permission is lost it calls itself without end (Python 3.11)
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_space(out: Path, num_bytes: int) -> None:
@@ -66,12 +36,15 @@ def publish(staged: Path, out: Path) -> None:
         for path in staged.rglob("*"):
             sync(path)
         sync(staged)
+    appeared = ValueError(f"out={out}: appeared meanwhile; choose a new folder (nothing was overwritten)")
+    if os.path.lexists(out):  # a rename would take the place of an empty folder
+        raise appeared
     try:
         staged.rename(out)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        raise ValueError(f"out={out}: appeared meanwhile; choose a new folder (nothing was overwritten)") from error
+        raise appeared from error
     sync(out.parent)
 
 
@@ -103,30 +76,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove_if_stale(scratch: Path) -> None:
-    try:
-        with (scratch / _LOCK).open("r+") as lock:
-            # Another machine's lock cannot be seen on every filesystem that two machines share.
-            if lock.read() not in ("", socket.gethostname()):
-                return
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(scratch, ignore_errors=True)
-    except FileNotFoundError:
-        if time.time() - scratch.lstat().st_mtime > _SECONDS_TO_LOCK and scratch.is_dir() and not scratch.is_symlink():
-            shutil.rmtree(scratch, ignore_errors=True)
-    except (BlockingIOError, NotADirectoryError, PermissionError):
-        return
-
-
-@contextmanager
-def _no_traceback_when_full(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the tokenizer's Rust raises a bare Exception for the same thing
-        if not is_full_disk(error):
-            raise
-        raise ValueError(
-            f"out={out}: the disk is full, nothing was left on it; free some space or write elsewhere"
-        ) from error

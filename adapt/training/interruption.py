@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
+from ..files.outputs import KeptElsewhere
 from ..files.staging import is_full_disk
-from .checkpoints.resume import whole_checkpoints
+from .checkpoints.run_folder import whole_checkpoints
 from .engine.nvme import has_optimizer_on_nvme
 
 
@@ -125,6 +126,8 @@ def failures_name_the_checkpoint(output_dir: Path) -> Iterator[None]:
     """A write that fails, or the loss of another rank, becomes one line that says where a restart goes on."""
     try:
         yield
+    except KeptElsewhere:
+        raise
     except Exception as error:
         text = " ".join(str(error).split())
         if _is_failed_write(error, text):

@@ -81,9 +81,13 @@ class Recipe:
                 "tokens; set one of them back"
             )
 
+    def as_yaml(self) -> str:
+        """The resolved recipe, which loads again as a recipe."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
     def save(self, path: Path) -> None:
-        """Writes the resolved recipe, which loads again as a recipe."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        """Writes it to a file."""
+        path.write_text(self.as_yaml(), encoding="utf-8")
 
 
 def ignored_by_ar(recipe: Recipe) -> list[str]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from ..conversion.base_model import name_of
 from ..conversion.convert import convert
+from ..files import marks
 from ..files.json_file import read_json
 from ..files.loading import check_weights, config_of, empty_model, tokenizer_of, weights_of
 from ..files.model_folder import check_model_folder, diffusion_section, is_diffusion_checkpoint
-from ..files.provenance import model_files
-from ..files.staging import write_whole
+from ..files.provenance import first_change, model_files
 from ..lm import load
 from ..model.kernels import _no_flex_attention, default_kernel
 from ..model.parts import decoder_layers
@@ -27,6 +29,8 @@ from . import lora
 from .engine.arguments import compute_dtype, whole_weights
 from .loss.in_forward import attach_loss
 from .recipe import Recipe
+
+_NOTE = "converted_from.json"
 
 
 def check_base(recipe: Recipe) -> None:
@@ -45,6 +49,18 @@ def check_base(recipe: Recipe) -> None:
 
 def _config(folder: str | Path, base: str) -> PretrainedConfig:
     return config_of(folder, f"model.base={base}", todo="train a model of transformers' own architectures")
+
+
+def check_it_can_be_saved(tokenizer: PreTrainedTokenizerBase, base: str) -> None:
+    """ValueError where the tokenizer loads and cannot be written, such as one with a path for a chat template's name."""
+    with tempfile.TemporaryDirectory(prefix="adapt-tokenizer-") as scratch:
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:  # of Rust, Jinja or JSON
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"model.base={base}: its tokenizer cannot be saved again ({reason}); mend it there"
+            ) from error
 
 
 def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | None = None) -> str:
@@ -87,7 +103,7 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
             load(base, device="cpu", attn_implementation=probe_kernel(recipe, _config(base, base)))
         return Path(base)
     converted = output_dir / "converted"
-    if converted.exists() and is_main:
+    if is_main and os.path.lexists(converted):
         _check_same_base(base, converted)
     elif is_main:
         convert(
@@ -102,7 +118,7 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
             shift_logits=bool(recipe.model.shift_logits),
             attn_implementation=partial(probe_kernel, recipe),
         )
-    if is_main:
+    if is_main and (marks.is_as_written(output_dir, _NOTE) or not os.path.lexists(converted.with_name(_NOTE))):
         _note_base(base, converted)
     what = "was converted earlier with {}; remove it, or choose another training.output_dir"
     _check_same_spec(recipe, converted, what)
@@ -111,36 +127,40 @@ def diffusion_checkpoint(recipe: Recipe, output_dir: Path, is_main: bool) -> Pat
 
 def _note_base(base: str, converted: Path) -> None:
     """Writes beside `converted` what it is made of."""
-    write_whole(_note(converted), json.dumps({"base": base, "files": model_files(base)}, indent=1) + "\n")
+    marks.write(converted.parent, _NOTE, json.dumps({"base": base, "files": model_files(base)}, indent=1) + "\n")
 
 
 def _check_same_base(base: str, converted: Path) -> None:
-    """ValueError where `converted` was made of something else: by content where the base lies here, by id where on the Hub.
+    """ValueError where `converted` was made of something else, by content where the base lies here and by id where on the Hub, or
+    where it has been changed since.
 
     So a base that was moved is the same, and other weights under its path are not.
     """
-    if not _note(converted).is_file():  # from before there were notes, or a kill came between
+    way_out = "remove it, or choose another training.output_dir"
+    note = converted.with_name(_NOTE)
+    if not is_diffusion_checkpoint(converted):
+        raise ValueError(
+            f"training.output_dir={converted.parent}: {converted.name}/ there is no conversion of ours; move it"
+        )
+    if changed := marks.changed_since_written(converted):
+        raise ValueError(
+            f"model.base={base}: {converted} was converted earlier, and its {changed} has changed since; {way_out}"
+        )
+    if not note.is_file():  # from before there were notes, or a kill came between
         spec = DiffusionSpec.of(_config(converted, base), converted)
         before, now = {"base": spec.base_model, "files": {}}, {}
         is_same = spec.base_model in (base, name_of(base))
     else:
-        before, now = read_json(_note(converted), f"training.output_dir={converted.parent}"), model_files(base)
+        before, now = read_json(note, f"training.output_dir={converted.parent}"), model_files(base)
+        if not isinstance(before.get("files"), dict) or not isinstance(before.get("base"), str):
+            raise ValueError(
+                f"training.output_dir={converted.parent}: {_NOTE} does not say what converted/ is made of; {way_out}"
+            )
         is_same = before["files"] == now and (bool(now) or before["base"] == base)
     if is_same:
         return
-    changed = f", where {_first_change(before['files'], now)} has changed since" if before["base"] == base else ""
-    raise ValueError(
-        f"model.base={base}: {converted} was converted earlier from {before['base']}{changed}; remove it, or choose another "
-        "training.output_dir"
-    )
-
-
-def _note(converted: Path) -> Path:
-    return converted.with_name(f"{converted.name}_from.json")
-
-
-def _first_change(before: dict[str, Any], now: dict[str, Any]) -> str:
-    return next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+    changed = f", where {first_change(before['files'], now)} has changed since" if before["base"] == base else ""
+    raise ValueError(f"model.base={base}: {converted} was converted earlier from {before['base']}{changed}; {way_out}")
 
 
 def _check_same_spec(recipe: Recipe, folder: Path, what: str) -> DiffusionSpec:

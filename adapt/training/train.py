@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from .. import progress
 from ..arguments import wait_for_rank_zero
 from ..files.loading import config_of, tokenizer_of
+from ..files.provenance import model_files
 from ..model.precision import about_precision, resolved_precision
 from ..spec import DiffusionSpec
 from .checkpoints.pickles import check_checkpoint, errors_while_reading
@@ -30,14 +31,16 @@ from .checkpoints.reshard import read_on_any_ranks
 from .checkpoints.resume import (
     begun_precision,
     check_not_past,
+    check_same_model,
     finished_run,
     newest_checkpoint,
     remove_unfinished,
-    run_lock,
 )
-from .checkpoints.save import provenance_of, save_final, save_provenance
+from .checkpoints.run_folder import begin_run, check_nothing_in_the_way, check_run_folder, run_lock, save_provenance
+from .checkpoints.save import provenance_of, save_final
 from .checkpoints.seal import gathered
 from .data.examples import load_examples
+from .data.files import check_unchanged, stamps
 from .data.held_out import Rows, held_out_rows, load_split
 from .data.run_rows import check_curriculum, packed_rows, summary, whole_copies
 from .data.views import Canvases
@@ -45,7 +48,7 @@ from .engine.arguments import check_schedule, training_arguments, whole_weights
 from .interruption import Interrupted, failures_name_the_checkpoint
 from .loss.distill import teacher_of
 from .recipe import Recipe, ignored_by_ar, parse_recipe
-from .start_model import check_base, diffusion_checkpoint, prepared
+from .start_model import check_base, check_it_can_be_saved, diffusion_checkpoint, prepared
 from .trainer import DiffusionTrainer
 from .watch.evaluation import Evaluation
 from .watch.metrics import MetricsFile
@@ -64,8 +67,8 @@ def train(recipe: Recipe) -> Path:
     Raises ValueError for settings that do not fit together, before weights are loaded or anything is written; Interrupted
     after SIGTERM or Ctrl-C, when a checkpoint has been saved.
     """
-    output_dir = Path(recipe.training.output_dir)
     # 1. Everything that can be refused cheaply.
+    output_dir = check_run_folder(recipe.training.output_dir)
     recipe = _with_precision(recipe)
     if finished := finished_run(recipe):
         return finished
@@ -80,11 +83,14 @@ def train(recipe: Recipe) -> Path:
             f"training.precision=auto: the ranks chose {' and '.join(sorted(found))}, they are different machines; say bf16 or fp32"
         )
     with progress.doing("checking the checkpoints and hashing the data"):
+        check_nothing_in_the_way(output_dir)
         checkpoint = newest_checkpoint(recipe)
         check_checkpoint(checkpoint)
+        unread = stamps(recipe.data)
         provenance = provenance_of(recipe, args.world_size)
     with progress.doing("reading the data"), args.main_process_first(local=False):
         rows = load_split(recipe.data)
+    check_unchanged(recipe.data, unread)
     with run_lock(output_dir) if args.process_index == 0 else nullcontext():
         return _train(recipe, args, checkpoint, provenance, rows)
 
@@ -106,10 +112,15 @@ def _train(
     """The run itself."""
     output_dir, is_main = Path(recipe.training.output_dir), args.process_index == 0
     # 2. The checkpoint: converted first if it is a causal LM, and probed.
+    if is_main:
+        begin_run(output_dir)
     with progress.doing("preparing the checkpoint"), args.main_process_first(local=False), whole_weights(args):
         folder = diffusion_checkpoint(recipe, output_dir, is_main)
+    provenance |= {"model": model_files(folder)}
+    check_same_model(recipe, checkpoint, folder, provenance["model"])
     what = f"model.base={recipe.model.base}"
     config, tokenizer = config_of(folder, what), tokenizer_of(folder, what)
+    check_it_can_be_saved(tokenizer, recipe.model.base)
     spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(config, folder)
     if recipe.data.canvas_start == "anywhere" and spec.attention == "bidirectional":
         raise ValueError(
@@ -186,7 +197,7 @@ def _train(
         trainer.guard.report_bad_steps(trainer)
         final = output_dir / "model"
         with progress.doing(f"writing {final}"):
-            save_final(trainer, recipe, folder, final)
+            save_final(trainer, recipe, folder, final, provenance["model"])
         trainer.requests.raise_if_asked_too_late(trainer.state.global_step, final)
     return final
 

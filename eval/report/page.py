@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from adapt.files import marks
+from adapt.files.outputs import KeptElsewhere, check_folder, check_new_folder, kept_elsewhere, scratch_beside
 
 from . import plots
 from .words import (
@@ -37,17 +39,23 @@ from .words import (
     speed_row,
 )
 
+Samples = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 _SECTIONS = ("provenance", "quality", "likelihood", "speed", "pareto", "warnings")
 
 
 def refuse_existing(out: str | Path, overwrite: bool) -> Path:
-    """The output folder, checked before the long work: absent, or ours to replace."""
+    """The output folder, tried out before the long work: absent, or a report of ours to replace, beside which a user's notes stay."""
     folder = Path(out)
-    if folder.exists():
-        if not overwrite:
-            raise ValueError(f"out={out}: exists already; name another folder or add --overwrite")
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "report.json").is_file()):
-            raise ValueError(f"out={out}: holds no report.json, so --overwrite leaves it alone; name another folder")
+    if not str(out) or not os.path.lexists(folder):
+        return check_new_folder(out)
+    if not overwrite:
+        raise ValueError(f"out={out}: exists already; name another folder or add --overwrite")
+    check_folder(out, "out")
+    mark = marks.mark_of(folder)
+    if folder.is_symlink() or (mark is None and any(folder.iterdir())):
+        raise ValueError(f"out={out}: is no report that we wrote, so --overwrite leaves it alone; name another folder")
+    listed = [] if mark is None else list(mark.files or ())
+    marks.check_ours(folder, ["report.json", "report.md", "report.html", *listed], "out")
     return folder
 
 
@@ -55,42 +63,54 @@ def write_report(
     report: Mapping[str, Any],
     out: str | Path,
     *,
-    samples: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] | None = None,
+    samples: Samples | None = None,
     overwrite: bool = False,
 ) -> Path:
     """The folder with report.json, report.md, report.html and samples/ARM/TASK.jsonl; complete, or not there at all.
 
-    `samples`: arm -> task -> lm-eval's logged samples. The folder is written beside `out` and renamed.
+    `samples`: arm -> task -> lm-eval's logged samples. The folder is written beside `out` and renamed; of a report that is
+    replaced, file by file, what we wrote. Where that fails, what was measured is kept, and the error names where.
     """
     folder = refuse_existing(out, overwrite)
     missing = [key for key in _SECTIONS if key not in report]
     if missing:
         raise ValueError(f"report: lacks {', '.join(missing)}; a report has {', '.join(_SECTIONS)}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    clean = finite(report)
     try:
-        clean = finite(report)
-        (partial / "report.json").write_text(json.dumps(clean, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (partial / "report.md").write_text(render_markdown(clean), encoding="utf-8")
-        (partial / "report.html").write_text(render_html(clean, examples(clean, samples)), encoding="utf-8")
-        for arm, tasks in (samples or {}).items():
-            for task, rows in tasks.items():
-                path = partial / "samples" / arm / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = (json.dumps(finite(row), ensure_ascii=False, default=_plain) for row in rows)
-                path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
         if folder.exists():
-            old = partial.with_name(partial.name + ".old")
-            folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old)
+            marks.adopt(folder)
+            with scratch_beside(folder.with_name(f"{folder.name}.new")) as scratch:
+                marks.replace_contents(folder, _write_files(clean, samples, scratch / "report"))
         else:
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            with scratch_beside(folder) as scratch:
+                marks.publish_marked(_write_files(clean, samples, scratch / "report"), folder)
+    except Exception as error:
+        kept = kept_elsewhere("report")
+        _write_measured(clean, samples, kept)
+        again = f"`python -m adapt_eval.report.page {kept / 'report.json'} FOLDER` writes the pages"
+        raise KeptElsewhere(
+            f"out={out}: could not be written ({' '.join(str(error).split())[:200]}); what was measured is in {kept}, and {again}"
+        ) from error
     return folder
+
+
+def _write_files(report: Mapping[str, Any], samples: Samples | None, folder: Path) -> Path:
+    folder.mkdir()
+    _write_measured(report, samples, folder)
+    (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(render_html(report, examples(report, samples)), encoding="utf-8")
+    return folder
+
+
+def _write_measured(report: Mapping[str, Any], samples: Samples | None, folder: Path) -> None:
+    """report.json and samples/, from which the pages can be written again."""
+    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    for arm, tasks in (samples or {}).items():
+        for task, rows in tasks.items():
+            path = folder / "samples" / arm / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(finite(row), ensure_ascii=False, default=_plain) for row in rows)
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
@@ -106,7 +126,7 @@ def finite(value: Any) -> Any:
 
 def examples(
     report: Mapping[str, Any],
-    samples: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] | None,
+    samples: Samples | None,
     count: int = 4,
 ) -> list[dict[str, Any]]:
     """The first items of the headline's task with what each arm answered (text for generation tasks only)."""

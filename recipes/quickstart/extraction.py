@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from adapt.files.staging import write_whole
+from adapt.files import marks
 
 from .pools import POOLS, SCHEMAS, Schema, Value
 
@@ -72,14 +72,15 @@ def write_dataset(folder: str | Path, *, train: int = 2000, test: int = 400, see
     if seed < 0:
         raise ValueError(f"seed={seed}: must be 0 or more")
     folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    marks.adopt(folder)
+    marks.check_ours(folder, ("train.jsonl", "test.jsonl", f"{TASK}.yaml"), "folder")
     stream = examples("test", seed=seed)
     held_out = [next(stream) for _ in range(test)]
     stream = examples("train", seed=seed, exclude=frozenset(example["text"] for example in held_out))
     for name, rows in (("train", (next(stream) for _ in range(train))), ("test", held_out)):
         lines = (json.dumps({k: row[k] for k in ("prompt", "completion")}, ensure_ascii=False) for row in rows)
-        write_whole(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-    write_whole(folder / f"{TASK}.yaml", task_yaml(folder))
+        marks.write(folder, f"{name}.jsonl", "".join(line + "\n" for line in lines))
+    marks.write(folder, f"{TASK}.yaml", task_yaml(folder))
     return folder
 
 

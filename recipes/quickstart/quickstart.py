@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ from adapt.arguments import CommandParser
 from adapt.conversion.convert import convert
 from adapt.conversion.gguf import gguf_to_folder
 from adapt.decoding.settings import SamplerConfig
+from adapt.files import marks
+from adapt.files.outputs import check_folder, locked
 from adapt.model.precision import DTYPES, compute_dtype_of
 
 from . import budget
@@ -42,7 +43,8 @@ _FAST_NOTICE = (
     "This run proves the path and not the method: its model is random and tiny (0.1M parameters), so its scores and its "
     "speeds mean nothing."
 )
-_MADE = ("base", "data", "control", "adapted-init", "adapted", "report", "quickstart.json")
+_PLAN = "quickstart.json"
+_MADE = ("base", "data", "control", "adapted-init", "adapted", "report")
 
 
 def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: int = 1) -> dict:
@@ -56,14 +58,13 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
         progress.say(f"\n== {number}/6 {what}   [{int(spent()) // 60}:{int(spent()) % 60:02d}]")
 
     settings = {"fast": fast, "minutes": None if fast else minutes, "seed": seed}
-    out.mkdir(parents=True, exist_ok=True)
     plan = _kept_plan(out, settings)
     if fast:
         progress.say(f"note: {_FAST_NOTICE}")
 
     step(1, "the base model")
     base = out / "base"
-    if not base.exists():
+    if not (base / "config.json").is_file():
         _write_tiny_base(base) if fast else gguf_to_folder(fetch_smollm2(), base)
     if plan is None:
         plan = _FAST if fast else _measured_plan(base, minutes, spent)
@@ -83,7 +84,7 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
 
     step(4, "convert the control: prefix attention, a mask token")
     init = out / "adapted-init"
-    if not init.exists():
+    if not (init / "config.json").is_file():
         convert(control, init, attention="prefix", shift_logits=True)
 
     if plan.adapted_minutes is None and not fast:
@@ -125,12 +126,15 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
 
 
 def _kept_plan(out: Path, settings: dict) -> Plan | None:
-    """The plan that a quickstart in `out` made; ValueError if it was one with other settings, whose parts cannot be reused."""
-    marker = out / "quickstart.json"
-    if not marker.exists():
-        marker.write_text(json.dumps(settings) + "\n")
+    """The plan that a quickstart in `out` made; ValueError if it was one with other settings, whose parts cannot be reused, or if
+    there is something in the way that no quickstart wrote."""
+    marks.check_adoptable(out, "out")
+    marks.check_ours(out, (*_MADE, _PLAN), "out")
+    marks.adopt(out)
+    if not (out / _PLAN).is_file():
+        marks.write(out, _PLAN, json.dumps(settings) + "\n")
         return None
-    found = json.loads(marker.read_text())
+    found = json.loads((out / _PLAN).read_text())
     plan = found.pop("plan", None)
     if found != settings:
         raise ValueError(
@@ -140,7 +144,7 @@ def _kept_plan(out: Path, settings: dict) -> Plan | None:
 
 
 def _keep(out: Path, settings: dict, plan: Plan) -> None:
-    (out / "quickstart.json").write_text(json.dumps(settings | {"plan": dataclasses.asdict(plan)}, indent=2) + "\n")
+    marks.write(out, _PLAN, json.dumps(settings | {"plan": dataclasses.asdict(plan)}, indent=2) + "\n")
 
 
 def _measured_plan(base: Path, minutes: float, spent: Callable[[], float]) -> Plan:
@@ -154,9 +158,7 @@ def _measured_plan(base: Path, minutes: float, spent: Callable[[], float]) -> Pl
 def _write_tiny_base(base: Path) -> None:
     """The tokenizer is trained on the task's own text."""
     text = (write_dataset(base.with_name("data"), train=500, test=1, seed=0) / "train.jsonl").read_text()
-    staged = base.with_name(f".{base.name}.incomplete")
-    write_tiny_base(staged, text)
-    staged.rename(base)
+    write_tiny_base(base, text)
 
 
 def _train(arm: str, init: Path, out: Path, plan: Plan, seed: int, fast: bool) -> Path:
@@ -179,18 +181,22 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.minutes <= 0:
         raise ValueError(f"minutes={arguments.minutes}: must be above 0, such as 20")
-    out = Path(arguments.out or ("quickstart-fast" if arguments.fast else "quickstart"))
+    default = "quickstart-fast" if arguments.fast else "quickstart"
+    out = check_folder(default if arguments.out is None else arguments.out, "out")
     if arguments.fresh and out.exists():
         _remove(out)
-    quickstart(out, fast=arguments.fast, minutes=arguments.minutes, seed=arguments.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock", f"out={out}"):
+        quickstart(out, fast=arguments.fast, minutes=arguments.minutes, seed=arguments.seed)
 
 
 def _remove(out: Path) -> None:
     """What a quickstart has written into `out`, and the folder if nothing else is in it."""
-    if not (out / "quickstart.json").is_file():
+    if any(out.iterdir()) and not marks.is_as_written(out, _PLAN):
         raise ValueError(f"out={out}: is not a quickstart's folder, so --fresh does not remove it")
-    for name in _MADE:
-        path = out / name
-        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-    if not any(out.iterdir()):
-        out.rmdir()
+    with locked(out / ".lock", f"out={out}"):
+        for name in _MADE:
+            marks.remove(out / name)
+    marks.remove_listed(out)
+    if left := [path.name for path in out.iterdir()] if out.exists() else []:
+        progress.say(f"--fresh left what no quickstart wrote in {out}: {', '.join(sorted(left))}")

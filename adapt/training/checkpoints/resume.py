@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import shutil
-import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
+from ...files import marks
+from ...files.provenance import Files, first_change
 from ..model_section import ModelConfig
 from ..recipe import Recipe
 from ..sections import DataConfig, TrainingConfig
-from .seal import COMPLETE, damage, data_files, gathered, read_manifest, versions
+from .damage import damage
+from .run_folder import CONFIG, flat, last_step, numbered_checkpoints, read_settings, run_of, step_of, whole_checkpoints
+from .seal import data_files, gathered, read_manifest, versions
 
 # What a run that goes on may have changed: where and how it computes, not what.
 _FREE = {
@@ -30,41 +26,6 @@ _FREE = {
 }
 
 
-@contextmanager
-def run_lock(output_dir: Path) -> Iterator[None]:
-    """Inside, no other process may train in this folder, which is made if need be; ValueError while another one does.
-
-    The lock ends with the process, however that ends, and is not handed on to loader workers.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / ".lock"
-    with path.open("a+") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_nlink == 0:  # its holder ended between our opening it and our locking it
-                raise BlockingIOError
-        except (BlockingIOError, PermissionError) as error:
-            lock.seek(0)
-            raise ValueError(
-                f"training.output_dir={output_dir}: another run writes to it ({lock.read().strip() or 'unknown process'}); "
-                "wait for it, stop it, or choose another folder"
-            ) from error
-        except OSError as error:  # a filesystem without locks
-            print(
-                f"training.output_dir={output_dir}: cannot be locked ({error.strerror}), so a second run in it would not be noticed",
-                file=sys.stderr,
-            )
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):
-                output_dir.rmdir()  # where nothing was written
-
-
 def newest_checkpoint(recipe: Recipe) -> Path | None:
     """The folder to resume from; None if there is none. Called by all ranks, which check a share of its files each.
 
@@ -72,7 +33,7 @@ def newest_checkpoint(recipe: Recipe) -> Path | None:
     another run's, if the data has changed, or if not all ranks see the same checkpoints.
     """
     output_dir = Path(recipe.training.output_dir)
-    candidates = sorted(whole_checkpoints(output_dir), key=_step, reverse=True)
+    candidates = sorted(whole_checkpoints(output_dir), key=step_of, reverse=True)
     seen = gathered([path.name for path in candidates])
     if any(names != seen[0] for names in seen):
         raise ValueError(
@@ -86,8 +47,16 @@ def newest_checkpoint(recipe: Recipe) -> Path | None:
             f"training.resume=false: {output_dir} holds checkpoints of an earlier run; remove them, choose another "
             "training.output_dir, or set training.resume=true to go on"
         )
-    _check_same_run(recipe, output_dir / "config.yaml")
+    if (output_dir / CONFIG).is_file():
+        _check_same_run(recipe, output_dir / CONFIG)
     newest = _undamaged(candidates)
+    for later in candidates[: candidates.index(newest)]:  # which are set aside: they are in the way of this run's own
+        if not marks.is_ours(later, run_of(output_dir)):
+            raise ValueError(
+                f"training.output_dir={output_dir}: checkpoints/{later.name} is not of this run, or a copy of another step; "
+                "move it, or choose another folder (nothing was removed)"
+            )
+    _check_same_run(recipe, newest / "recipe.yaml")
     _check_same_data(recipe, newest)
     _say_changed_length(recipe, newest / "recipe.yaml")
     return newest
@@ -95,10 +64,20 @@ def newest_checkpoint(recipe: Recipe) -> Path | None:
 
 def check_not_past(checkpoint: Path | None, num_steps: int) -> None:
     """ValueError for a checkpoint of a later step than the run's last: its weights are not those of so short a run."""
-    if checkpoint is not None and _step(checkpoint) > num_steps:
+    if checkpoint is not None and step_of(checkpoint) > num_steps:
         raise ValueError(
-            f"training.num_steps={num_steps}: the run is at step {_step(checkpoint)} already ({checkpoint}); give at least that many, "
-            "or choose another training.output_dir"
+            f"training.num_steps={num_steps}: the run is at step {step_of(checkpoint)} already ({checkpoint}); give at least "
+            "that many, or choose another training.output_dir"
+        )
+
+
+def check_same_model(recipe: Recipe, checkpoint: Path | None, folder: Path, files: Files) -> None:
+    """ValueError where the checkpoint was trained from other weights, or with another tokenizer, than are in `folder` now."""
+    before = {} if checkpoint is None else read_manifest(checkpoint).get("model", {})
+    if before and (changed := first_change(before, files)):
+        raise ValueError(
+            f"model.base={recipe.model.base}: {changed} of {folder} has changed since the run in {recipe.training.output_dir} began; "
+            "put it back to go on, or choose another training.output_dir"
         )
 
 
@@ -108,8 +87,8 @@ def finished_run(recipe: Recipe) -> Path | None:
     ValueError if it holds the model of another run, or of one of another length.
     """
     output_dir = Path(recipe.training.output_dir)
-    final, saved = output_dir / "model", output_dir / "config.yaml"
-    if not final.exists():
+    final, saved = output_dir / "model", output_dir / CONFIG
+    if not os.path.lexists(final):
         return None
     way_out = f"choose another training.output_dir, with model.base={final} to go on from it, or remove it"
     if not saved.is_file():
@@ -117,23 +96,23 @@ def finished_run(recipe: Recipe) -> Path | None:
             f"training.output_dir={output_dir}: holds a model that no run of ours wrote (model/); {way_out}"
         )
     _check_same_run(recipe, saved)
-    was, now = _length(yaml.safe_load(saved.read_text())["training"]), _length(asdict(recipe.training))
+    was, now = _length(read_settings(saved)), _length(flat(asdict(recipe)))
     if was != now:
         raise ValueError(
             f"training.{now[0]}={now[1]}: the run in {output_dir} is finished (model/) and had {was[0]}={was[1]}; {way_out}"
         )
-    metrics = output_dir / "metrics.jsonl"
-    steps = json.loads(metrics.read_text().splitlines()[-1])["step"] if metrics.is_file() else recipe.training.num_steps
+    steps = last_step(output_dir) or recipe.training.num_steps
     _say(f"{output_dir}: is finished (model/, {steps} steps); choose another training.output_dir to train anew")
     return final
 
 
 def begun_precision(recipe: Recipe) -> str | None:
     """training.precision of the run that is in the recipe's output_dir; None where there is none."""
-    saved = Path(recipe.training.output_dir) / "config.yaml"
+    saved = Path(recipe.training.output_dir) / CONFIG
     if not saved.is_file() or not (whole_checkpoints(saved.parent) or (saved.parent / "model").exists()):
         return None
-    return _flat(yaml.safe_load(saved.read_text())).get("training.precision")  # pyright: ignore[reportReturnType]
+    precision = read_settings(saved).get("training.precision")
+    return precision if precision in ("bf16", "fp32") else None
 
 
 def _undamaged(candidates: list[Path]) -> Path:
@@ -153,35 +132,21 @@ def _undamaged(candidates: list[Path]) -> Path:
 
 
 def remove_unfinished(output_dir: Path, resumed_from: Path | None) -> None:
-    """Removes what a killed run left half-written: checkpoints without COMPLETE, and the folder of the final model.
+    """Removes what a killed run left half-written: checkpoints that it began and did not seal, and the folder of the final model.
 
     Damaged checkpoints, which are whole ones newer than the one that the run goes on from, are only renamed.
     """
-    whole = whole_checkpoints(output_dir)
-    for path in output_dir.glob("checkpoints/checkpoint-*"):
+    run, whole = run_of(output_dir), whole_checkpoints(output_dir)
+    for path in numbered_checkpoints(output_dir):
         if path not in whole:
-            shutil.rmtree(path)
-        elif resumed_from is not None and _step(path) > _step(resumed_from):
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-    shutil.rmtree(output_dir / ".model.incomplete", ignore_errors=True)
-
-
-def whole_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints that were saved to their end, oldest first."""
-    found = [path for path in output_dir.glob("checkpoints/checkpoint-*") if (path / COMPLETE).is_file()]
-    return sorted(found, key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
+            marks.remove(path, run)
+        elif resumed_from is not None and step_of(path) > step_of(resumed_from):
+            marks.set_aside(path, "damaged")
+    marks.remove(output_dir / ".model.incomplete", run)
 
 
 def _check_same_run(recipe: Recipe, saved: Path) -> None:
-    if not saved.is_file():
-        return
-    before, now, defaults = _flat(yaml.safe_load(saved.read_text())), _flat(asdict(recipe)), _defaults()
+    before, now, defaults = read_settings(saved), flat(asdict(recipe)), _defaults()
     for key in sorted(before.keys() | now.keys()):
         if key in _FREE or before.get(key) == now.get(key):
             continue
@@ -195,13 +160,17 @@ def _check_same_run(recipe: Recipe, saved: Path) -> None:
             )
 
 
-def _length(training: dict[str, object]) -> tuple[str, object]:
+def _length(settings: dict[str, object]) -> tuple[str, object]:
     """("num_steps" or "num_epochs", its value)."""
-    return next((name, training[name]) for name in ("num_steps", "num_epochs") if training.get(name) is not None)
+    names = ("num_steps", "num_epochs")
+    return next(
+        ((name, value) for name in names if (value := settings.get(f"training.{name}")) is not None),
+        ("num_steps", None),
+    )
 
 
 def _say_changed_length(recipe: Recipe, saved: Path) -> None:
-    (name, was), (now, value) = _length(yaml.safe_load(saved.read_text())["training"]), _length(asdict(recipe.training))
+    (name, was), (now, value) = _length(read_settings(saved)), _length(flat(asdict(recipe)))
     if (name, was) != (now, value):
         effect = "" if recipe.training.lr_scheduler == "constant" else ": the schedule changes from here"
         _say(f"{name} {was} -> {value if now == name else f'{now} {value}'}{effect}")
@@ -232,11 +201,4 @@ def _say(line: str) -> None:
 def _defaults() -> dict[str, object]:
     """Every setting that has a default, by its dotted name."""
     training = TrainingConfig(output_dir="", num_steps=1)
-    return _flat(asdict(Recipe(ModelConfig(base=""), DataConfig(train="-"), training)))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+    return flat(asdict(Recipe(ModelConfig(base=""), DataConfig(train="-"), training)))

@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ...files import provenance, staging
+from ...files import marks, provenance, staging
 from ...files.provenance import sampled_files, sha256
 
 COMPLETE = "COMPLETE"
 _DISTRIBUTIONS = ("accelerate", "adapt-dlm", "deepspeed", "peft", "torch", "transformers")
 _THREADS = 4  # hashlib frees the GIL; one thread hashes 1.4 GB/s with SHA instructions, so a disk sets the pace, not we
+_MOST_BYTES = 64 << 20  # of COMPLETE
 _SECONDS_FOR_LISTINGS = 60  # a network filesystem may show a new file to other nodes that much later
 
 
@@ -33,48 +34,46 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     names = _same_listing(folder)
     files = {
         name: size_and_hash
-        for share in gathered(_hashed(folder, share(names), sync=True))
-        for name, size_and_hash in share.items()
+        for share_of_one in gathered(hashed(folder, share(names), sync=True))
+        for name, size_and_hash in share_of_one.items()
     }
     if _rank() == 0:
         content = json.dumps({**facts, "files": files}, indent=1, sort_keys=True)
         staging.write_whole(folder / COMPLETE, content, to_disk=True)
         staging.sync(folder.parent)
+        # Removed later are these alone, and the seal before what it seals: half a checkpoint must not pass for a damaged one.
+        marks.record(folder, {name: {} for name in (COMPLETE, *names)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What COMPLETE holds; ValueError if it is damaged itself."""
+    """What COMPLETE holds; ValueError if it is damaged itself, or was edited to what no run of ours has written."""
     try:
-        manifest = json.loads((folder / COMPLETE).read_text())
-        assert isinstance(manifest["files"], dict)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        if (folder / COMPLETE).stat().st_size > _MOST_BYTES:
+            raise ValueError("too large")
+        manifest = json.loads((folder / COMPLETE).read_bytes())
+        if not _is_manifest(manifest):
+            raise ValueError("of other types")
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{COMPLETE} is not the list of its files") from error
     return manifest
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the checkpoint, in a few words, or None; called by all ranks, which read a share each."""
-    try:
-        files = read_manifest(folder)["files"]
-        found = _damage(folder, {name: files[name] for name in share(sorted(files))})
-    except ValueError as error:
-        found = str(error)
-    return next((problem for problem in gathered(found) if problem), None)
+def _is_manifest(found: Any) -> bool:
+    if not isinstance(found, dict) or type(found.get("step")) is not int or not isinstance(found.get("files"), dict):
+        return False
+    listings = [found["files"], *(found.get(name, {}) for name in ("data", "eval", "model"))]
+    known = all(isinstance(listing, dict) and all(map(_is_identity, listing.values())) for listing in listings)
+    versions = found.get("versions", {})
+    named = isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values())
+    return known and named and not any(Path(name).is_absolute() or ".." in Path(name).parts for name in found["files"])
 
 
-def _damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
-    for name, want in files.items():  # sizes first: they cost nothing
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (size := (folder / name).stat().st_size) != want["bytes"]:
-            return f"{name} has {size:,} bytes of {want['bytes']:,}"
-    found = _hashed(folder, files)
-    return next(
-        (f"{name} has another checksum than when it was saved" for name in files if found[name] != files[name]), None
-    )
+def _is_identity(found: Any) -> bool:
+    return isinstance(found, dict) and type(found.get("bytes")) is int and isinstance(found.get("sha256"), str)
 
 
-def _hashed(folder: Path, names: Iterable[str], *, sync: bool = False) -> dict[str, dict[str, Any]]:
+def hashed(folder: Path, names: Iterable[str], *, sync: bool = False) -> dict[str, dict[str, Any]]:
+    """{"bytes", "sha256"} of those files of the checkpoint, brought to disk first if `sync`."""
     names = list(names)
 
     def one(name: str) -> dict[str, Any]:
@@ -91,7 +90,8 @@ def _same_listing(folder: Path) -> list[str]:
     """The checkpoint's files, once all ranks see the same ones."""
     deadline = time.monotonic() + _SECONDS_FOR_LISTINGS
     while True:
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        found = (path for path in folder.rglob("*") if path.is_file() and path.name != marks.MARK)
+        names = sorted(str(path.relative_to(folder)) for path in found)
         listings = gathered(names)
         unlike = [rank for rank, listing in enumerate(listings) if listing != listings[0]]
         if not unlike:
@@ -106,6 +106,7 @@ def _same_listing(folder: Path) -> list[str]:
 
 
 def share(names: list[str]) -> list[str]:
+    """The part of them that this rank reads."""
     return names[_rank() :: _world_size()]
 
 
@@ -116,6 +117,22 @@ def gathered(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * _world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def together(step: Callable[[], object]) -> None:
+    """Runs a step on every rank; what it raises on one is raised on all, which wait for each other here."""
+    failed: Exception | None = None
+    try:
+        step()
+    except Exception as error:
+        failed = error
+    said = next(
+        filter(None, gathered(None if failed is None else " ".join(str(failed).split()) or type(failed).__name__)), None
+    )
+    if failed is not None:
+        raise failed
+    if said is not None:
+        raise OSError(said)
 
 
 def _rank() -> int:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pyarrow.compute
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, disable_progress_bars
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ... import progress, tokens
 from ...tokens import chat_text, text_ids
 from ..sections import DataConfig
+from .files import named_files, read
+from .rows import RowError, located, map_rows
 
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",), ("context", "target"))
 
 
@@ -31,7 +31,7 @@ def load_rows(config: DataConfig) -> Dataset:
 
     Needs no tokenizer, so it is done before a model is converted.
     """
-    rows = _read(config)
+    rows = read(config)
     missing = sorted(set(config.columns.values()) - set(rows.column_names))
     if missing:
         raise ValueError(
@@ -85,17 +85,21 @@ def load_examples(
         "messages": _from_messages,
         "context": _from_tokens,
     }[kind]
+    tokenise_rows = partial(located, tokenise)
     in_processes = config.num_workers > 1
     with progress.doing("tokenising", total=None if in_processes else len(rows)) as task:
 
-        def counted(batch: dict[str, list], **how) -> dict[str, list]:
-            examples = tokenise(batch, **how)
+        def counted(batch: dict[str, list], indices: list[int], **how) -> dict[str, list]:
+            examples = tokenise_rows(batch, indices, **how)
             task.update(len(batch[kind]))
             return examples
 
-        examples = rows.map(
-            tokenise if in_processes else counted,
+        examples = map_rows(
+            rows,
+            named_files(config.train),
+            tokenise_rows if in_processes else counted,
             batched=True,
+            with_indices=True,
             batch_size=256,
             remove_columns=rows.column_names,
             fn_kwargs=options,
@@ -121,50 +125,6 @@ def _kind(rows: Dataset) -> str | None:
     return next((columns[0] for columns in COLUMNS if set(columns) <= set(rows.column_names)), None)
 
 
-def _read(config: DataConfig) -> Dataset:
-    files = [config.train] if isinstance(config.train, str) else list(config.train)
-    suffixes = {_suffix(file) for file in files}
-    local = suffixes & set(_LOADERS) or any(Path(file).exists() for file in files)
-    if not local:
-        if len(files) != 1:
-            raise ValueError(f"data.train={config.train}: several Hub datasets; give one, or files")
-        try:
-            return load_dataset(files[0], split=config.split)
-        except Exception as error:  # the hub client raises a dozen unrelated types
-            raise ValueError(
-                f"data.train={files[0]}: neither a file nor a dataset that the Hub gives us: {error}"
-            ) from error
-    missing = [file for file in files if not Path(file).is_file()]
-    if missing:
-        raise ValueError(
-            f"data.train={', '.join(missing)}: no such file; give json, jsonl, parquet or txt, or a Hub dataset id"
-        )
-    if len(suffixes) > 1 or not suffixes <= set(_LOADERS):
-        raise ValueError(
-            f"data.train={config.train}: files of one kind only, out of {', '.join(sorted(_LOADERS))} (also .gz)"
-        )
-    if all(Path(file).stat().st_size == 0 for file in files):
-        raise ValueError(f"data.train={config.train}: is empty, nothing to train on; give files with rows in them")
-    loader = _LOADERS[suffixes.pop()]
-    options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
-    try:
-        return load_dataset(loader, data_files=files, split="train", **options)
-    except Exception as error:  # datasets wraps whatever its readers raise
-        reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason:
-            raise ValueError(
-                f"data.train={config.train}: is empty, nothing to train on; give files with rows in them"
-            ) from error
-        raise ValueError(
-            f"data.train={config.train}: cannot be read as {loader}: {reason[:200]}; mend the file"
-        ) from error
-
-
-def _suffix(file: str) -> str:
-    suffixes = Path(file).suffixes
-    return (suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])).lower()
-
-
 def _from_text(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> dict:
     """Documents, cut into pieces of that many tokens."""
     start = _start_tokens(tokenizer)
@@ -187,9 +147,7 @@ def _from_prompt(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) ->
     targets = [_tokens(tokenizer, completion) for completion in _checked(batch["completion"], "completion")]
     for prompt, target in zip(batch["prompt"], targets, strict=True):
         if not target:
-            raise ValueError(
-                f"data.train: the prompt {prompt[:60]!r} has an empty completion, nothing to noise; remove such rows"
-            )
+            raise RowError(f"the prompt {prompt[:60]!r} has an empty completion, nothing to noise; remove such rows")
     return {"context": contexts, "target": [[*target, tokenizer.eos_token_id] for target in targets]}
 
 
@@ -222,15 +180,16 @@ def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) 
 def _from_tokens(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) -> dict:
     """Examples that are tokenised already, checked: nothing is added."""
     for context, target in zip(batch["context"], batch["target"], strict=True):
-        ids = [*(context or []), *(target or [])]
-        if not target or not all(isinstance(one, int) and 0 <= one < len(tokenizer) for one in ids):
-            raise ValueError(
-                f"data.train: a row has the target {str(target)[:60]}; columns context and target need lists of token ids from 0 to "
+        lists = all(isinstance(column, list | None) for column in (context, target))
+        ids = [*(context or []), *(target or [])] if lists else []
+        if not lists or not target or not all(type(one) is int and 0 <= one < len(tokenizer) for one in ids):
+            raise RowError(
+                f"has the target {str(target)[:60]}; columns context and target need lists of token ids from 0 to "
                 f"{len(tokenizer) - 1}, and a target at least one"
             )
         if tokenizer.mask_token_id in ids:
-            raise ValueError(
-                f"data.train: a row contains the mask token {tokenizer.mask_token} ({tokenizer.mask_token_id}); remove it from the "
+            raise RowError(
+                f"contains the mask token {tokenizer.mask_token} ({tokenizer.mask_token_id}); remove it from the "
                 "data, or convert with another mask_token"
             )
     return {"context": [context or [] for context in batch["context"]], "target": batch["target"]}
@@ -242,9 +201,7 @@ def _messages(messages: object) -> list[dict]:
         isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
         for message in messages
     ):
-        raise ValueError(
-            f"data.train: column messages holds {str(messages)[:60]!r}, needs lists of {{role: ..., content: ...}}"
-        )
+        raise RowError(f"column messages holds {str(messages)[:60]!r}, needs lists of {{role: ..., content: ...}}")
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
@@ -261,9 +218,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _checked(values: list, column: str) -> list[str]:
     for value in values:
         if not isinstance(value, str):
-            raise ValueError(
-                f"data.train: column {column} holds {value!r:.60}, needs strings; remove or mend such rows"
-            )
+            raise RowError(f"column {column} holds {value!r:.60}, needs strings; remove or mend such rows")
+        if "\0" in value:
+            raise RowError(f"column {column} has a null byte at character {value.index(chr(0)) + 1}; remove it")
     return values
 
 

@@ -38,7 +38,7 @@ def load_split(config: DataConfig) -> Rows:
         return Rows(rows, None)
     if not isinstance(config.eval, float):
         with _errors_name_data_eval():
-            return Rows(rows, load_rows(dataclasses.replace(config, train=config.eval)))
+            return Rows(rows, load_rows(_as_training_data(config)))
     num_held_out = round(config.eval * len(rows))
     if not 0 < num_held_out < len(rows):
         raise ValueError(
@@ -58,13 +58,20 @@ def held_out_rows(
     canvases = dataclasses.replace(canvases, noise=noise, objective=objective, seed=_SEED)
     piece_length = canvases.piece_length(recipe.data.seq_len)
     with _errors_name_data_eval():
-        examples = load_examples(recipe.data, tokenizer, rows=rows, piece_length=piece_length, is_main_process=is_main)
+        named = recipe.data if isinstance(recipe.data.eval, float | None) else _as_training_data(recipe.data)
+        examples = load_examples(named, tokenizer, rows=rows, piece_length=piece_length, is_main_process=is_main)
         needed = canvases.room_needed(lengths(examples, "context"), lengths(examples, "target"))
         what = "of data.eval take more with all their copies"
         examples = drop_too_long(examples, needed, recipe.data, is_main, what=what)
     sizes = partial(canvases.sizes, lengths(examples, "context"), lengths(examples, "target"))
     packing = Packing(sizes, recipe.data.seq_len, _SEED)
     return PackedRows(examples, packing, canvases, packing.num_rows(1), rows_per_step=1)
+
+
+def _as_training_data(config: DataConfig) -> DataConfig:
+    """The files of data.eval where those of data.train stand."""
+    assert isinstance(config.eval, str | list)
+    return dataclasses.replace(config, train=config.eval)
 
 
 @contextmanager

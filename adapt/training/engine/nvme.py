@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-import shutil
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ...files import marks
 from ..sections import TrainingConfig
 
 
@@ -41,16 +41,17 @@ def prepare_nvme(ours: TrainingConfig, sections: list[dict[str, Any]]) -> None:
     run = hashlib.sha256(os.path.abspath(ours.output_dir).encode()).hexdigest()[:12]
     for section in sections:
         # A folder of this run and rank: DeepSpeed empties what it finds, which may be another run's, and cleans up nothing.
-        own = Path(section["nvme_path"]) / f"adapt-{run}" / f"rank{os.environ.get('RANK', '0')}"
-        shutil.rmtree(own, ignore_errors=True)
+        own = Path(section["nvme_path"]) / f"adapt-{run}-rank{os.environ.get('RANK', '0')}"
+        marks.remove(own)
         try:
-            own.mkdir(parents=True)
+            marks.begin(own, marks.new_run())
+            (own / "swap").mkdir()
         except OSError as error:
             raise ValueError(
                 f"training.nvme_path={section['nvme_path']}: cannot write there ({error.strerror}); give a folder on a local disk"
             ) from error
-        section["nvme_path"] = str(own)
-        atexit.register(_remove_with_empty_parent, own)
+        section["nvme_path"] = str(own / "swap")
+        atexit.register(marks.remove, own)
 
 
 def has_optimizer_on_nvme(args: TrainingArguments) -> bool:
@@ -70,9 +71,3 @@ def missing_for_nvme() -> str | None:
     if compatible:
         return None
     return "DeepSpeed's async_io needs libaio, which is not here; apt-get install libaio-dev (yum install libaio-devel)"
-
-
-def _remove_with_empty_parent(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        folder.parent.rmdir()  # the last rank of the run removes it

@@ -12,6 +12,7 @@ from .run_lines import UNITS, Run, X, smoothed
 FORMATS = ("pdf", "png", "svg")
 # Okabe and Ito's, told apart with any kind of colour blindness; their yellow is left out, which white paper swallows.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MAKER = "adapt plot"
 _DASHES = ("-", "--", ":")
 
 
@@ -61,7 +62,14 @@ def draw(runs: list[Run], x: str, y: str, smooth: float, out: Path) -> None:
     few = sum(len(run.label) + 8 for run in runs) <= 90  # what fits side by side over the axes
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": len(runs)} if few else {"loc": "outside right upper"}
     figure.legend(fontsize=8.5, frameon=False, **place)
-    write_whole(out, lambda beside: figure.savefig(beside, format=out.suffix[1:].lower(), dpi=300))
+    kind = out.suffix[1:].lower()
+    mark = {"Software" if kind == "png" else "Creator": _MAKER}
+    write_whole(out, lambda beside: figure.savefig(beside, format=kind, dpi=300, metadata=mark))
+
+
+def is_our_figure(path: Path) -> bool:
+    """Whether a file says that `draw` wrote it."""
+    return _MAKER.encode() in path.read_bytes()
 
 
 def _scale(x: str, largest: float) -> tuple[float, str]:

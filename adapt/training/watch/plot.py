@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...arguments import CommandParser
+from ...files.outputs import check_file
 from ...text_table import text_table
-from .figure import FORMATS, draw
+from .figure import FORMATS, draw, is_our_figure
 from .run_lines import UNITS, NoLineYet, Run, X, read_runs, smoothed
 
 _SECONDS = 5  # between two tables of --follow
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
     if not 0 <= arguments.smooth < 1:
         raise ValueError(f"smooth={arguments.smooth}: must be at least 0 and below 1; try 0.9")
     if arguments.out is not None:
-        check_out(Path(arguments.out))
+        check_out(arguments.out)
         if arguments.follow:
             raise ValueError(f"out={arguments.out}: --follow draws no figure; leave one of them out")
     if arguments.follow:
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> None:
         return
     runs = read_runs(arguments.runs)
     y = _chosen(runs, arguments.x, arguments.y)
-    out = Path(arguments.out) if arguments.out else runs[0].path.with_name(f"{y}.png")
+    out = check_out(arguments.out or runs[0].path.with_name(f"{y}.png"))
     draw(runs, arguments.x, y, arguments.smooth, out)
     print(table(runs, arguments.x, y, arguments.smooth))
     print(out)
@@ -152,11 +153,13 @@ def _follow(paths: list[str], x: str, y: str | None, smooth: float) -> None:
         time.sleep(_SECONDS)
 
 
-def check_out(out: Path) -> None:
-    """ValueError if that file cannot be written."""
-    if out.suffix[1:].lower() not in FORMATS:
+def check_out(out: str | Path) -> Path:
+    """The path of a figure that can be written; ValueError for another kind of file, and over what is no figure of ours."""
+    path = check_file(out, "out")
+    if path.suffix[1:].lower() not in FORMATS:
         raise ValueError(
-            f"out={out}: its ending must be one of {', '.join(FORMATS)}, such as {out.with_suffix('.png')}"
+            f"out={out}: its ending must be one of {', '.join(FORMATS)}, such as {path.with_suffix('.png')}"
         )
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out={out}: no such folder {out.parent}; make it first")
+    if path.exists() and not is_our_figure(path):
+        raise ValueError(f"out={out}: is no figure of `adapt plot`; name another file (nothing was overwritten)")
+    return path

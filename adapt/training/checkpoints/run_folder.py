@@ -1,0 +1,155 @@
+"""The folder of a run: what the run writes there is listed in its mark, and nothing else there is touched.
+
+config.yaml, versions.json            the recipe as resolved, and what ran it on what
+metrics.jsonl, samples.jsonl, bad_steps.jsonl
+converted/, converted_from.json       the base as a diffusion checkpoint, and what it was made of
+checkpoints/checkpoint-N/             sealed with COMPLETE (`seal.py`)
+adapter/, model/                      what came of it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...files import marks
+from ...files.outputs import check_folder, locked
+from ..recipe import Recipe
+from .seal import COMPLETE
+
+CONFIG, VERSIONS, METRICS = "config.yaml", "versions.json", "metrics.jsonl"
+_GROWING = (METRICS, "samples.jsonl", "bad_steps.jsonl")
+_MOST_BYTES = 1 << 20  # of a recipe
+_DEEPEST, _MOST_SETTINGS = 4, 1000  # sections, settings, and what a setting like lr_scheduler_options holds
+
+
+def check_run_folder(output_dir: str) -> Path:
+    """The folder, in which this run can write and will replace nothing that is not its own; ValueError otherwise."""
+    setting = "training.output_dir"
+    folder = check_folder(output_dir, setting)
+    marks.check_adoptable(folder, setting)
+    marks.check_ours(folder, (CONFIG, VERSIONS, *_GROWING), setting)
+    return folder
+
+
+def check_nothing_in_the_way(output_dir: Path) -> None:
+    """ValueError where something that is not this run's has the name of what it will write: a checkpoint, the adapter, the model."""
+    setting, run = "training.output_dir", run_of(output_dir)
+    for name in ("adapter", ".model.incomplete"):
+        if os.path.lexists(output_dir / name) and not marks.holds_nothing_else(output_dir / name, run):
+            raise ValueError(
+                f"{setting}={output_dir}: {name}/ there holds what this run did not write; move it, or choose another folder "
+                "(nothing was overwritten)"
+            )
+    if os.path.lexists(output_dir / "checkpoints") and not (output_dir / "checkpoints").is_dir():
+        raise ValueError(f"{setting}={output_dir}: checkpoints there is no folder; move it, or choose another folder")
+    for path in numbered_checkpoints(output_dir):
+        if not (path / COMPLETE).is_file() and not (run is not None and marks.is_ours(path, run)):
+            raise ValueError(
+                f"{setting}={output_dir}: checkpoints/{path.name} was not written by this run; move it, or choose another folder "
+                "(nothing was removed)"
+            )
+
+
+@contextmanager
+def run_lock(output_dir: Path) -> Iterator[None]:
+    """Inside, no other process may train in this folder, which is made if need be and marked; ValueError while another one does."""
+    made = not output_dir.is_dir()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(output_dir / ".lock", f"training.output_dir={output_dir}"):
+            yield
+    finally:
+        marks.withdraw_unused(output_dir, and_folder=made)
+
+
+def begin_run(output_dir: Path) -> str:
+    """Marks the folder, and lists what grows in it; returns the run that this is, or goes on with."""
+    run = marks.adopt(output_dir)
+    marks.record(output_dir, {name: {} for name in (".lock", *_GROWING)})
+    return run
+
+
+def run_of(output_dir: Path) -> str | None:
+    """The run whose folder this is; None for a folder that no run has written into."""
+    mark = marks.mark_of(output_dir)
+    return None if mark is None else mark.run
+
+
+def numbered_checkpoints(output_dir: Path) -> list[Path]:
+    """What is called as we call a checkpoint, oldest first; not a user's `checkpoint-4-best`."""
+    found = [
+        path for path in output_dir.glob("checkpoints/checkpoint-*") if _is_number(path.name[len("checkpoint-") :])
+    ]
+    return sorted(found, key=step_of)
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints that were saved to their end, oldest first."""
+    return [path for path in numbered_checkpoints(output_dir) if (path / COMPLETE).is_file()]
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and text == str(int(text)) and len(text) < 16
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """Every setting of a recipe that a run has written, by its dotted name; ValueError for a file that is none."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("too large")
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+            raise ValueError("it has no sections of settings")
+        settings = flat(sections)
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
+        raise _not_ours(path, error) from error
+    if not {"model.base", "data.train", "training.output_dir"} <= settings.keys():
+        raise _not_ours(path, "it lacks settings that every recipe has")
+    return settings
+
+
+def _not_ours(path: Path, why: object) -> ValueError:
+    reason = " ".join(str(why).split())[:120]
+    return ValueError(
+        f"training.output_dir={path.parent}: {path.name} is not the recipe that a run wrote there ({reason}); move it"
+    )
+
+
+def flat(tree: dict[Any, Any], prefix: str = "", depth: int = 1) -> dict[str, object]:
+    """{"section.setting": value} of a recipe as a dict of dicts; ValueError where they are more than a recipe's."""
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found.update(
+            flat(value, f"{prefix}{key}.", depth + 1) if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+        if (
+            depth > _DEEPEST or len(found) > _MOST_SETTINGS
+        ):  # at once: YAML's anchors make a file's contents grow without end
+            raise ValueError("it has too many settings")
+    return found
+
+
+def last_step(output_dir: Path) -> int | None:
+    """The step of the last line of metrics.jsonl; None where it has none."""
+    try:
+        line = json.loads((output_dir / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+        return line["step"] if isinstance(line["step"], int) else None
+    except (IndexError, KeyError, OSError, RecursionError, TypeError, ValueError):
+        return None
+
+
+def save_provenance(recipe: Recipe, provenance: dict[str, Any], output_dir: Path) -> None:
+    """The resolved recipe (config.yaml) and what ran it on what (versions.json), beside the run's checkpoints."""
+    marks.write(output_dir, CONFIG, recipe.as_yaml())
+    marks.write(output_dir, VERSIONS, json.dumps(provenance, indent=1, sort_keys=True) + "\n")
