@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 from . import progress
+from .doctor import bug_report
 from .files.shortage import shortage_line
 
 
@@ -28,19 +29,19 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "convert": Verb(
-        "adapt.conversion.convert:main", "a causal LM (Hub id, folder or GGUF file) into a diffusion checkpoint"
+        "adapt.conversion.command:main", "a causal LM (Hub id, folder or GGUF file) into a diffusion checkpoint"
     ),
     "plan": Verb("adapt.planning.plan:main", "what a recipe will cost: memory of each GPU, largest micro-batch, time"),
     "train": Verb(
-        "adapt.training.train:main", "train a recipe in one process (on N GPUs: deepspeed recipes/train.py ...)"
+        "adapt.training.command:main", "train a recipe in one process (on N GPUs: deepspeed recipes/train.py ...)"
     ),
     "plot": Verb(
         "adapt.training.watch.plot:main", "the curves of several runs against tokens, as a figure and a table"
     ),
     "generate": Verb("adapt.generate:main", "write text, or fill blanks, by refining"),
-    "compare": Verb("adapt_eval.compare:main", "quality and speed against the original, with intervals"),
+    "compare": Verb("adapt_eval.compare_command:main", "quality and speed against the original, with intervals"),
     "lm_eval": Verb("adapt_eval.lm_eval_command:main", "lm-eval's own command line, with `--model adapt`"),
-    "export": Verb("adapt.export.export:main", "a folder that works without this package"),
+    "export": Verb("adapt.export.command:main", "a folder that works without this package"),
     "doctor": Verb("adapt.doctor.doctor:main", "what this machine can run, and what is missing"),
     "quickstart": Verb("adapt_recipes.quickstart.quickstart:main", "the whole path on a small model, on a laptop CPU"),
 }
@@ -105,10 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 130 if os.environ.get("RANK", "0") != "0" else _complain(f"adapt {verb}", "interrupted", code=130)
     except Exception as error:
-        line = _one_line(error)
-        if debug or line is None:
+        if debug:
             raise
-        return _complain(f"adapt {verb}", line, code=1)
+        return _complain(f"adapt {verb}", _one_line(error) or bug_report.written(error, [verb, *rest]), code=1)
 
 
 def _run(verb: str, args: list[str]) -> int | None:
@@ -161,7 +161,7 @@ def _quiet_when_closed(job: Callable[[], int | None]) -> int:
 
 
 def _one_line(error: Exception) -> str | None:
-    """What to tell the user in one line, or None when only we can mend it and the traceback is the message."""
+    """What to tell the user in one line, or None when only we can mend it."""
     if short := shortage_line(error):
         return short
     if isinstance(error, ModuleNotFoundError):
@@ -173,6 +173,9 @@ def _one_line(error: Exception) -> str | None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or any(c.__name__ in _USER_ERROR_NAMES for c in type(error).__mro__):
         return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        reason = " ".join(str(error).split())[:200]
+        return f"out of memory{f' ({reason})' if reason else ''}; take smaller batches or shorter texts, `adapt plan` counts for a run"
     return None
 
 

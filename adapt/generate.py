@@ -13,53 +13,27 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import progress
 from .arguments import CommandParser
-from .decoding.rounds import GenerateOutput
 from .decoding.settings import SamplerConfig
-from .files.model_folder import is_untrained
-from .lm import load
-from .tokens import Chat, check_prompts
+from .files.model_folder import check_named_folders, is_untrained
+from .files.user_text import user_text
+from .settings.bounds import Device, Rows, Seed, Tokens, one_of
+from .spec import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from .decoding.rounds import GenerateOutput
+    from .tokens import Chat
 
 
 def main(argv: list[str]) -> None:
     """The `adapt generate` command."""
-    parser = CommandParser(prog="adapt generate", description=__doc__)
-    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="folder with a diffusion checkpoint")
-    parser.add_argument("--prompt", type=str | None, default=None, help="text to continue")
-    parser.add_argument(
-        "--prompts", type=str | None, default=None, help="file with one prompt a line; writes JSON lines"
-    )
-    parser.add_argument("--infill", type=str | None, default=None, help="text with blanks: [?] one token, [?4] four")
-    parser.add_argument("--chat", type=bool, default=False, help="put the prompt into the tokenizer's chat template")
-    parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge in")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="length of the canvas, tokens")
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts refined together")
-    parser.add_argument(
-        "--dtype",
-        type=str | None,
-        default=None,
-        help="bfloat16, float16 or float32; default: as saved, or float32 where that is emulated",
-    )
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; default: cuda if there is one")
-    parser.add_argument(
-        "--trust_remote_code", type=bool, default=False, help="run Python files that come with the model"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for temperature above 0")
-    parser.add_argument("--show", action="store_true", help="redraw the canvas after each round")
-    parser.add_class_arguments(SamplerConfig, "sampler")
-    arguments = parser.parse_args(argv)
-    sampler = parser.instantiate(arguments).sampler
-    given = [name for name in ("prompt", "prompts", "infill") if getattr(arguments, name) is not None]
-    if len(given) != 1:
-        raise ValueError(
-            "give exactly one of --prompt, --prompts and --infill" + (f", not {' and '.join(given)}" if given else "")
-        )
-    prompts = [arguments.prompt or ""] if arguments.prompts is None else _prompts(arguments.prompts)
-    if arguments.infill is None:
-        check_prompts(prompts, arguments.batch_size)
-    loading = {name: getattr(arguments, name) for name in ("adapter", "dtype", "device", "trust_remote_code")}
+    arguments, sampler, prompts = _read(argv)
+    from .lm import load  # here, because torch takes seconds, and what is refused above needs none
+
+    loading = {name: arguments[name] for name in ("adapter", "dtype", "device", "trust_remote_code")}
     lm = load(arguments.checkpoint, **loading)
     if is_untrained(arguments.checkpoint) and arguments.adapter is None:
         progress.say(
@@ -87,10 +61,45 @@ def main(argv: list[str]) -> None:
     return _figures(outputs, time.perf_counter() - started)
 
 
+def _read(argv: list[str]) -> tuple[Any, SamplerConfig, list[str]]:
+    """(arguments, sampler, prompts) of a command line; all that can be refused without a model is refused."""
+    parser = CommandParser(prog="adapt generate", description=__doc__)
+    parser.option("checkpoint", type=str, metavar="CKPT", help="folder with a diffusion checkpoint")
+    parser.option("--prompt", type=str | None, default=None, help="text to continue")
+    parser.option("--prompts", type=str | None, default=None, help="file with one prompt a line; writes JSON lines")
+    parser.option("--infill", type=str | None, default=None, help="text with blanks: [?] one token, [?4] four")
+    parser.option("--chat", type=bool, default=False, help="put the prompt into the tokenizer's chat template")
+    parser.option("--adapter", type=str | None, default=None, help="PEFT folder to merge in")
+    parser.option("--max_new_tokens", type=Tokens, default=64, help="length of the canvas, tokens")
+    parser.option("--batch_size", type=Rows, default=8, help="prompts refined together")
+    parser.option(
+        "--dtype",
+        type=str | None,
+        default=None,
+        help="bfloat16, float16 or float32; default: as saved, or float32 where that is emulated",
+    )
+    parser.option("--device", type=Device | None, default=None, help="cpu, cuda, ...; default: cuda if there is one")
+    parser.option("--trust_remote_code", type=bool, default=False, help="run Python files that come with the model")
+    parser.option("--seed", type=Seed, default=0, help="for temperature above 0")
+    parser.add_argument("--show", action="store_true", help="redraw the canvas after each round")
+    parser.add_class_arguments(SamplerConfig, "sampler")
+    arguments = parser.parse_args(argv)
+    sampler = parser.instantiate(arguments).sampler
+    given = [name for name in ("prompt", "prompts", "infill") if arguments[name] is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "give exactly one of --prompt, --prompts and --infill" + (f", not {' and '.join(given)}" if given else "")
+        )
+    if arguments.dtype is not None:
+        one_of("dtype", arguments.dtype, ("auto", *DTYPE_NAMES))
+    prompts = [arguments.prompt or ""] if arguments.prompts is None else _prompts(arguments.prompts)
+    check_named_folders(arguments.checkpoint, arguments.adapter)
+    return arguments, sampler, prompts
+
+
 def _prompts(file: str) -> list[str]:
-    if not Path(file).is_file():
-        raise ValueError(f"prompts={file}: no such file; give a text file with one prompt a line")
-    prompts = [line for line in Path(file).read_text().splitlines() if line.strip()]
+    text = user_text(Path(file), "prompts", "a text file with one prompt a line")
+    prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"prompts={file}: holds no prompt; write one a line")
     return prompts

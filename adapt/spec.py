@@ -5,29 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from transformers import (
-    PretrainedConfig,
-)
+from .settings.bounds import Bounds, MayBeEmpty, Share, check_settings, one_of, shown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ATTENTIONS = ("bidirectional", "block", "prefix")
 CLEAN_CONTEXTS = ("block", "causal")
 NOISES = ("absorbing", "hybrid", "uniform")
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 FORMAT_VERSION = 1
-_LARGEST_BLOCK = 1 << 20  # tokens
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "attention": ((str,), "a word"),
-    "mask_token_id": ((int,), "a whole number"),
-    "shift_logits": ((bool,), "true or false"),
-    "block_size": ((int,), "a whole number, or null"),
-    "clean_context": ((str,), "a word, or null"),
-    "noise": ((str,), "a word"),
-    "p_uniform": ((int, float), "a number, or null"),
-    "base_model": ((str,), "a name"),
-    "base_revision": ((str,), "a name, or null"),
-    "format_version": ((int,), "a whole number"),
-}
-_OPTIONAL = ("base_revision", "block_size", "clean_context", "p_uniform")
 
 
 @dataclass(frozen=True)
@@ -37,46 +26,34 @@ class DiffusionSpec:
     attention: str
     """bidirectional: every token sees every token; prefix: the prompt is causal, the canvas sees prompt and canvas; block: a block
     sees itself and all before it."""
-    mask_token_id: int
+    mask_token_id: Annotated[int, Bounds(-1, 2**31 - 1)]
     shift_logits: bool = False
     """Hidden state i predicts token i+1, as the AR head was trained to (Dream, DiffuLLaMA)."""
-    block_size: int | None = None
+    block_size: Annotated[int, Bounds(1, 2**20)] | None = None
     """Tokens of a block, counted from position 0; only with block attention."""
     clean_context: str | None = None
     """How finished blocks see each other: causal (as in the base) or block (block-causal, as SDAR and serving engines do)."""
     noise: str = "absorbing"
-    p_uniform: float | None = None
+    p_uniform: Share | None = None
     """Share of random tokens at t = 1/2; only with hybrid noise, and only there in config.json."""
-    base_model: str = ""
+    base_model: MayBeEmpty = ""
     base_revision: str | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Bounds(0, 10**6)] = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name, (kind, meant) in _TYPES.items():
-            value = getattr(self, name)
-            if not (type(value) in kind or (value is None and name in _OPTIONAL)):
-                raise ValueError(f"diffusion.{name}={value!r:.60}: must be {meant}")
+        check_settings(self, "diffusion")
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"diffusion.format_version={self.format_version}: this version reads {FORMAT_VERSION}; update adapt-dlm"
             )
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"diffusion.attention={self.attention}: choose one of {', '.join(ATTENTIONS)}")
+        one_of("diffusion.attention", self.attention, ATTENTIONS)
         if self.attention == "block":
-            if self.block_size is None or not 1 <= self.block_size <= _LARGEST_BLOCK:
-                raise ValueError(
-                    f"diffusion.block_size={self.block_size}: block attention needs one from 1 to {_LARGEST_BLOCK}; try 32"
-                )
-            if self.clean_context not in CLEAN_CONTEXTS:
-                raise ValueError(
-                    f"diffusion.clean_context={self.clean_context}: choose one of {', '.join(CLEAN_CONTEXTS)}"
-                )
-        if self.noise not in NOISES:
-            raise ValueError(f"diffusion.noise={self.noise}: choose one of {', '.join(NOISES)}")
+            if self.block_size is None:
+                raise ValueError("diffusion.block_size=None: block attention needs one of at least 1; try 32")
+            one_of("diffusion.clean_context", self.clean_context, CLEAN_CONTEXTS)
+        one_of("diffusion.noise", self.noise, NOISES)
         if (self.p_uniform is None) == (self.noise == "hybrid"):
             raise ValueError(f"diffusion.p_uniform={self.p_uniform}: hybrid noise needs one, other noise has none")
-        if self.p_uniform is not None and not 0 < self.p_uniform < 1:
-            raise ValueError(f"diffusion.p_uniform={self.p_uniform}: must be above 0 and below 1; try 0.1")
 
     @staticmethod
     def of(config: PretrainedConfig, folder: str | Path) -> DiffusionSpec:
@@ -89,7 +66,7 @@ class DiffusionSpec:
             )
         if not isinstance(section, dict):
             raise ValueError(
-                f"checkpoint={folder}: its `diffusion` section is {section!r:.60}, not an object; convert again"
+                f"checkpoint={folder}: its `diffusion` section is {shown(section)}, not an object; convert again"
             )
         unknown = sorted(set(section) - {field.name for field in dataclasses.fields(DiffusionSpec)})
         if unknown:

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
-import torch
-
+from adapt.decoding.settings import Threshold
 from adapt.files.model_folder import check_model_folder, is_diffusion_checkpoint
-from adapt.model.precision import DTYPES, compute_dtype_of
+from adapt.settings.bounds import Bounds, Items, Rows, Samples, Seed, check_value, one_of
+from adapt.spec import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    import torch
+
+Shots = Annotated[int, Bounds(0, 1000)]
 
 
-def check_numbers(
-    limit: int | None, batch_size: int, prompts: int, sizes: Sequence[int], repeats: int, sweep: Sequence[float]
-) -> None:
-    for setting, value, least in (
-        ("limit", limit, 1), ("batch_size", batch_size, 1), ("speed_prompts", prompts, 1),
-        ("speed_repeats", repeats, 0),
-        *(("speed_batch_sizes", size, 1) for size in sizes),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise ValueError(f"{setting}={value}: give a whole number of at least {least}")
-    for threshold in sweep:
-        if not 0 < threshold <= 1:
-            raise ValueError(f"sweep={threshold}: thresholds lie above 0 and up to 1")
+class Settings(TypedDict):
+    """Each setting of `compare` that is no path and no name, and what it may be."""
+
+    limit: Items | None
+    num_fewshot: Shots | None
+    base_num_fewshot: Shots | None
+    apply_chat_template: bool
+    batch_size: Rows
+    sweep: list[Threshold]
+    mc_samples: Samples
+    corpus_tokens: Annotated[int, Bounds(2, 2**40)]
+    speed_prompts: Items
+    speed_batch_sizes: list[Rows]
+    speed_repeats: Annotated[int, Bounds(0, 10**6)]
+    seed: Seed
+    overwrite: bool
+
+
+SETTINGS = get_type_hints(Settings, include_extras=True)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """ValueError for the first that is not what it may be."""
+    for name, value in settings.items():
+        check_value(name, value, SETTINGS[name])
+    if settings["speed_repeats"] and not settings["speed_batch_sizes"]:
+        raise ValueError("speed_batch_sizes=: names none; give numbers with commas between them, such as 1,8")
 
 
 def check_folder(arm: str, folder: str) -> None:
@@ -39,6 +58,8 @@ def check_folder(arm: str, folder: str) -> None:
 
 
 def chosen_device(device: str | None) -> torch.device:
+    import torch
+
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -51,8 +72,9 @@ def chosen_device(device: str | None) -> torch.device:
 
 
 def chosen_dtype(dtype: str | None, device: str | None) -> torch.dtype:
+    from adapt.model.precision import DTYPES, compute_dtype_of
+
     if dtype is None:
         return compute_dtype_of(chosen_device(device))
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(DTYPES))}; all arms run in the same")
+    one_of("dtype", dtype, DTYPE_NAMES)
     return DTYPES[dtype]

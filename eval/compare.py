@@ -1,16 +1,12 @@
-"""Compare an adapted model with its original: quality by lm-eval, speed measured side by side, one report.
+"""An adapted model beside its original: quality by lm-eval, speed measured side by side, one report.
 
-examples:
-  adapt compare --base HuggingFaceTB/SmolLM2-135M-Instruct --adapted out/adapted --tasks gsm8k --out out/report
-  adapt compare --base base --adapted out/adapted --control out/control --tasks my_task --include_path tasks \\
-      --limit 200 --base_num_fewshot 5 --sampler.threshold 0.8 --sweep 0.5,0.7,0.9 --out out/report
+compare("base", "out/adapted", tasks=["gsm8k"], out="out/report")
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +15,6 @@ from typing import Any
 import torch
 
 import adapt
-from adapt.arguments import CommandParser
 from adapt.files import loading
 from adapt.files.outputs import claimed
 from adapt.files.provenance import git_revision
@@ -27,7 +22,7 @@ from adapt.progress import doing, say
 
 from .arms import choose_prompts, model_of, speed_arm
 from .causal_lm import CausalLM
-from .checks import check_folder, check_numbers, chosen_device, chosen_dtype
+from .checks import check_folder, check_settings, chosen_device, chosen_dtype
 from .lm import AdaptLM
 from .measure import provenance, speed
 from .measure.hardware import hardware
@@ -79,7 +74,14 @@ def compare(
     Raises ValueError for what the user can mend, before any model is loaded where that can be known.
     """
     started, sampler = time.time(), sampler or adapt.SamplerConfig()
-    check_numbers(limit, batch_size, speed_prompts, speed_batch_sizes, speed_repeats, sweep)
+    check_settings(
+        {
+            "limit": limit, "num_fewshot": num_fewshot, "base_num_fewshot": base_num_fewshot, "batch_size": batch_size,
+            "apply_chat_template": apply_chat_template, "sweep": list(sweep), "mc_samples": mc_samples,
+            "corpus_tokens": corpus_tokens, "speed_prompts": speed_prompts, "seed": seed, "overwrite": overwrite,
+            "speed_batch_sizes": list(speed_batch_sizes), "speed_repeats": speed_repeats,
+        }
+    )  # fmt: skip
     refuse_existing(out, overwrite)
     folders = {"base": base, "control": control, "adapted": adapted}
     folders = {arm: str(folder) for arm, folder in folders.items() if folder is not None}
@@ -213,57 +215,6 @@ def _tokenizers_differ(results: Mapping[str, Mapping[str, Any]], lms: Mapping[st
         for arm, lm in lms.items()
         if lm.tok_encode(text) != ours
     ]
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-def _split(text: str, setting: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"{setting}={text}: give numbers with commas between them, such as 1,8") from None
-
-
-def main(argv: list[str]) -> int:
-    """The `adapt compare` command: progress to stderr, then the table and the report's path."""
-    parser = CommandParser(prog="adapt compare", description=__doc__)
-    add = parser.add_argument
-    add("--base", type=str, required=True, help="the original: Hub id or folder of a causal LM")
-    add("--adapted", type=str, required=True, help="the diffusion checkpoint")
-    add(
-        "--control", type=str | None, default=None, help="the original trained further left to right on the same tokens"
-    )
-    add("--tasks", type=str, required=True, help="lm-eval tasks, with commas between them")
-    add("--out", type=str, required=True, help="new folder for the report")
-    add("--include_path", type=str | None, default=None, help="folder with own lm-eval task YAMLs")
-    add("--limit", type=int | None, default=None, help="first items of each task only")
-    add("--num_fewshot", type=int | None, default=None, help="examples in the prompt, for all arms")
-    add("--base_num_fewshot", type=int | None, default=None, help="examples in the original's prompt alone")
-    add("--apply_chat_template", type=bool, default=False, help="prompts as chats, by each tokenizer's template")
-    add("--batch_size", type=int, default=8, help="rows per batch when scoring quality")
-    parser.add_class_arguments(adapt.SamplerConfig, "sampler")
-    add("--sweep", type=str, default="", help="more confidence thresholds for the quality-speed curve: 0.5,0.7")
-    add("--mc_samples", type=int, default=32, help="Monte-Carlo samples per likelihood")
-    add("--corpus", type=str | None, default=None, help="held-out text (.txt, .jsonl, .gz) for the likelihood section")
-    add("--corpus_tokens", type=int, default=4096, help="tokens of it")
-    add("--speed_prompts", type=int, default=16, help="prompts that speed is measured on")
-    add("--speed_batch_sizes", type=str, default="1,8", help="with commas between them")
-    add("--speed_repeats", type=int, default=3, help="rounds; 0 = do not measure speed")
-    add("--dtype", type=str | None, default=None, help="of all arms: bfloat16, float16, float32 (default by device)")
-    add("--device", type=str | None, default=None, help="cpu, cuda or cuda:N (default: CUDA if there is one)")
-    add("--attn_implementation", type=str, default="sdpa", help="attention kernel of all arms")
-    add("--seed", type=int, default=1234, help="of examples, sampling, Monte Carlo and bootstrap")
-    add("--overwrite", action="store_true", help="replace the report in --out")
-    options = vars(parser.instantiate(parser.parse_args(argv)))
-    options["tasks"] = [t.strip() for t in options["tasks"].split(",") if t.strip()]
-    options["sweep"] = _split(options["sweep"], "sweep", float)
-    options["speed_batch_sizes"] = _split(options["speed_batch_sizes"], "speed_batch_sizes", int)
-    refuse_existing(options["out"], options["overwrite"])
-    with claimed(Path(options["out"])):
-        report = compare(**options, command=shlex.join(["adapt", "compare", *argv]))
-    announce(report, options["out"])
-    return 0
 
 
 def announce(report: Mapping[str, Any], out: str | Path) -> None:

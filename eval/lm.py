@@ -39,7 +39,7 @@ from .answers import (
     writes_greedily,
 )
 from .measure.emitted import Stop, count_tokens, emitted_text, end_of_text_ids
-from .model_args import MODEL_ARGS, SAMPLER_ARGS, check_model_args
+from .model_args import check_model_args
 
 _logger = logging.getLogger(__name__)
 
@@ -78,11 +78,12 @@ class AdaptLM(TemplateLM):
         """pretrained: a diffusion checkpoint, or one that is loaded. max_new_tokens: canvas where a task names none. settings: of
         the sampler, one by one, before those of `sampler`."""
         super().__init__()
-        if unknown := settings.keys() - SAMPLER_ARGS.keys():
-            raise ValueError(
-                f"model_args: unknown {', '.join(sorted(unknown))}; `adapt lm_eval` knows {', '.join(sorted(MODEL_ARGS))}"
-            )
-        check_model_args(batch_size, greedy, mc_samples)
+        given = {
+            "adapter": adapter, "device": device, "attn_implementation": attn_implementation,
+            "batch_size": batch_size, "max_length": max_length, "max_new_tokens": max_new_tokens, "mc_samples": mc_samples,
+            "seed": seed, "greedy": greedy, "progress": progress, "chat_template_args": chat_template_args,
+        }  # fmt: skip
+        check_model_args(given | settings)
         self.lm = (
             adapt.load(pretrained, adapter=adapter, dtype=dtype, device=device, attn_implementation=attn_implementation)
             if isinstance(pretrained, str)

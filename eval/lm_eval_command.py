@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import argparse
 import glob
+import importlib
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from adapt import progress
 from adapt.files.json_file import read_json
 from adapt.files.marks import MARK
+from adapt.files.model_folder import check_named_folders
 from adapt.files.outputs import check_file, check_folder, kept_if_it_fails
 from adapt.files.provenance import first_change, model_files
 from adapt.files.staging import write_whole
+from adapt.settings.bounds import Bounds, check_value, lone_texts, shown
 
-from .model_args import model_args_help
+from .checks import Shots
+from .model_args import check_model_args, model_args_help
+
+_Limit = Annotated[float, Bounds(0, 1e9, low_is_open=True)]
 
 
 def main(argv: list[str]) -> int:
@@ -56,19 +62,46 @@ def _given(argv: list[str]) -> argparse.Namespace:
 
 
 def _run(argv: list[str]) -> None:
-    from lm_eval.__main__ import cli_evaluate
-
-    from . import lm  # noqa: F401  registers the model
+    from lm_eval.__main__ import HarnessCLI, setup_logging
 
     before = sys.argv
     # lm-eval puts `run` in front only of two arguments or more; one alone is a subcommand or --help.
     sys.argv = ["adapt lm_eval", *argv]
     try:
-        cli_evaluate()
+        setup_logging()
+        command = HarnessCLI()
+        options = _parsed(command, argv)
+        _check(options)
+        importlib.import_module(".lm", __package__)  # registers the model; after the checks, because it brings torch
+        command.execute(options)
     finally:
         sys.argv = before
         if not argv or {"-h", "--help"} & set(argv):
             print(f"\n{model_args_help()}")
+
+
+def _parsed(command: Any, argv: list[str]) -> Any:
+    for argument, reason in lone_texts(argv):
+        raise ValueError(f"{shown(argument)}: {reason}")
+    try:
+        return command.parse_args()
+    except (MemoryError, RecursionError, TypeError) as error:  # of Python's own reader of values in --model_args
+        raise ValueError(
+            f"model_args: cannot be read ({type(error).__name__}); give name=value with commas between"
+        ) from error
+
+
+def _check(options: Any) -> None:
+    """ValueError for what can be refused without torch. lm-eval's own commands (`ls`, `validate`) have none of it."""
+    given = vars(options)
+    check_value("limit", given.get("limit"), _Limit | None)
+    check_value("num_fewshot", given.get("num_fewshot"), Shots | None)
+    model_args = given.get("model_args")
+    if given.get("model") != "adapt" or not isinstance(model_args, dict):
+        return
+    check_model_args(model_args)
+    if "pretrained" in model_args:
+        check_named_folders(model_args["pretrained"], model_args.get("adapter"), "pretrained")
 
 
 def _move(results: Path, folder: Path) -> None:

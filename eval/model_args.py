@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+
 from docstring_parser import parse_from_object
 
-from adapt.decoding.settings import SamplerConfig
+from adapt.decoding.settings import SamplerConfig, changed
+from adapt.settings.bounds import Device, Rows, Samples, Seed, Spelled, Tokens, check_value, hints, one_of, shown
+from adapt.spec import DTYPE_NAMES
 
 SAMPLER_ARGS = {
     field.arg_name: " ".join((field.description or "").split()) for field in parse_from_object(SamplerConfig).params
@@ -28,6 +33,27 @@ MODEL_ARGS = {
 }
 
 
+class _ModelArgs(TypedDict):
+    """What each may be, besides those of the sampler."""
+
+    pretrained: str
+    adapter: str | None
+    dtype: str | None
+    device: Device | None
+    attn_implementation: str | None
+    batch_size: Rows | Annotated[str, Spelled(r"0*[1-9]\d{0,5}", "a whole number above 0")]  # a text, from lm-eval
+    max_length: Tokens | None
+    max_new_tokens: Tokens
+    mc_samples: Samples
+    seed: Seed
+    greedy: Literal["always", "auto"]
+    progress: bool
+    chat_template_args: dict[str, Any] | None
+
+
+HINTS = get_type_hints(_ModelArgs, include_extras=True) | hints(SamplerConfig)
+
+
 def model_args_help() -> str:
     """The lines that `adapt lm_eval --help` adds to lm-eval's own."""
     width = max(map(len, MODEL_ARGS))
@@ -38,11 +64,14 @@ def model_args_help() -> str:
     )
 
 
-def check_model_args(batch_size: int | str, greedy: str, mc_samples: int) -> None:
-    """ValueError for a value that is not allowed."""
-    if not str(batch_size).isdigit() or int(batch_size) < 1:
-        raise ValueError(f"batch_size={batch_size}: give a whole number above 0")
-    if greedy not in ("always", "auto"):
-        raise ValueError(f"greedy={greedy}: choose one of always, auto")
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples={mc_samples}: give a whole number above 0")
+def check_model_args(given: Mapping[str, Any]) -> None:
+    """ValueError for a name that is unknown, and for a value that is not allowed."""
+    if unknown := given.keys() - MODEL_ARGS.keys():
+        raise ValueError(
+            f"model_args: unknown {', '.join(sorted(map(shown, unknown)))}; `adapt lm_eval` knows {', '.join(sorted(MODEL_ARGS))}"
+        )
+    for name, value in given.items():
+        check_value(name, value, HINTS[name])
+    if given.get("dtype") is not None:
+        one_of("dtype", given["dtype"], ("auto", *DTYPE_NAMES))
+    changed(SamplerConfig(), **{name: given[name] for name in SAMPLER_ARGS.keys() & given.keys()})

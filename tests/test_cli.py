@@ -1,4 +1,4 @@
-"""The `adapt` command: one line for the user's mistakes, a traceback for ours."""
+"""The `adapt` command: one line for the user's mistakes, and one for ours, which names the file with the traceback."""
 
 import ast
 import importlib.util
@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
 from adapt import cli
+from adapt.doctor import bug_report
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,6 +57,19 @@ def empty(argv):
 def bug(argv):
     raise TypeError("ours")
 
+def bottomless(argv):
+    bottomless(argv)
+
+class _Wordless(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+def wordless(argv):
+    raise _Wordless
+
+def greedy(argv):
+    raise MemoryError
+
 def interrupt(argv):
     raise KeyboardInterrupt
 
@@ -92,11 +108,54 @@ def test_a_users_error_is_one_line_and_no_traceback(verbs: None, capsys, verb: s
     assert err.count("\n") == 1
 
 
-def test_our_own_bug_keeps_its_traceback(verbs: None) -> None:
-    with pytest.raises(TypeError, match="ours"):
-        cli.main(["bug"])
-    with pytest.raises(ModuleNotFoundError):
-        cli.main(["missing_other"])
+@pytest.mark.parametrize(
+    "verb, error",
+    [
+        ("bug", "TypeError: ours"),
+        ("missing_other", "ModuleNotFoundError: No module named 'adapt.nowhere'"),
+        ("bottomless", "RecursionError: "),
+        ("wordless", "_Wordless: ?"),
+    ],
+)
+def test_our_own_bug_is_one_line_that_names_the_file_with_its_traceback(
+    verbs: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, verb: str, error: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cli.main([verb, "--prompt", "it's"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith(f"adapt {verb}: error: {bug_report.OURS} ({error}")
+    [file] = tmp_path.glob("adapt-bug-*.txt")
+    assert str(file) in err
+    report = file.read_text()
+    assert report.startswith(f"$ adapt {verb} --prompt 'it'\"'\"'s'\n")
+    assert "Traceback (most recent call last)" in report
+    assert "transformers" in report
+    with pytest.raises(Exception):  # noqa: B017
+        cli.main([verb, "--debug"])
+
+
+def test_our_own_bug_is_one_line_where_no_file_can_be_written(
+    verbs: None, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
+    assert cli.main(["bug"]) == 1
+    assert capsys.readouterr().err.endswith("the same command with --debug at its end\n")
+
+
+def test_the_issue_tracker_is_named_once_the_package_names_one(
+    verbs: None, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = Message()
+    named["Project-URL"] = "Issues, https://example.org/issues"
+    monkeypatch.setattr(bug_report.metadata, "metadata", lambda name: named)
+    cli.main(["bug"])
+    assert " at https://example.org/issues with " in capsys.readouterr().err
+
+
+def test_too_little_memory_is_no_bug(verbs: None, capsys) -> None:
+    assert cli.main(["greedy"]) == 1
+    assert capsys.readouterr().err.startswith("adapt greedy: error: out of memory; take smaller batches")
 
 
 @pytest.mark.parametrize("argv", [["--debug", "setting"], ["setting", "--debug"], ["setting", "a", "--debug", "b"]])

@@ -29,7 +29,7 @@ from training_fixtures import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapt.training import train
+from adapt.training import command, train
 from adapt.training.interruption import Interrupted
 from adapt.training.recipe import parse_recipe
 
@@ -144,7 +144,7 @@ def test_the_command_leaves_no_process_group_whose_threads_could_abort_the_exit(
         return folder / "model"
 
     monkeypatch.setattr(train, "train", stands_for_training)
-    code = train.main(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "left"))
+    code = command.main(recipe_argv(folder / "base", folder / "pairs.jsonl", folder / "left"))
     assert code == (143 if terminated else 0)
     assert not dist.is_initialized()
 

@@ -444,7 +444,7 @@ def test_bad_requests_are_one_line_and_write_nothing(exported, base_folder, tmp_
         ([checkpoint, "there"], "out=there: exists already"),
         ([checkpoint, "new", "--format", "gguf"], "format=gguf: choose one of hf"),
         ([checkpoint, "new", "--dtype", "int8"], "dtype=int8: choose one of bfloat16, float16, float32"),
-        ([checkpoint, "new", "--max_shard_size", "big"], "max_shard_size=big: must be a size like 500MB"),
+        ([checkpoint, "new", "--max_shard_size", "big"], "max_shard_size=big: give a size like 500MB"),
         ([checkpoint, "new", "--adapter", "nowhere"], "adapter=nowhere: not a PEFT folder"),
         ([checkpoint, "new", "--report", "nowhere"], "report=nowhere: no such file"),
         ([checkpoint, "new", "--report", "bad.json"], "report=bad.json: not a report.json of `adapt compare`"),

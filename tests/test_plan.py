@@ -241,7 +241,7 @@ def test_adapters_are_planned_without_a_warning() -> None:
     ("argv", "said"),
     [
         (["--gpus", "3"], "training.global_batch_size=8: must be a multiple"),
-        (["--gpus", "0"], "gpus=0: must be at least 1"),
+        (["--gpus", "0"], "gpus=0: must be from 1 to "),
         (["--device", "tpu"], "device=tpu: choose one of cpu, cuda"),
         (["--reserve", "1"], "reserve=1.0: must be at least 0 and below 1"),
         (["--gpu_memory", "-1"], "gpu_memory=-1.0: must be above 0"),

@@ -1,10 +1,11 @@
 """The house: which room may know which. Read from the imports themselves, those inside of functions and for types among them."""
 
 import ast
+import sys
 from pathlib import Path
 
 ADAPT = Path(__file__).resolve().parents[1] / "adapt"
-CORE = ("spec", "tokens", "files", "noise", "attention", "model", "probe")
+CORE = ("settings", "spec", "tokens", "files", "noise", "attention", "model", "probe")
 VERBS = ("conversion", "training", "planning", "export", "doctor", "generate")
 MOST_FILES, MOST_FOLDERS, MOST_LINES = 10, 12, 300
 
@@ -71,12 +72,16 @@ def test_the_core_knows_no_verb() -> None:
 
 def test_decoding_knows_the_model_alone_so_that_an_export_can_copy_it() -> None:
     rooms = {path.name for path in ADAPT.iterdir() if path.is_dir()} | {path.stem for path in ADAPT.glob("*.py")}
-    allowed = {"decoding", "spec", "attention", "model", "noise", "objective"}
+    allowed = {"decoding", "spec", "settings", "attention", "model", "noise", "objective"}
     assert not _arrows("decoding", tuple(rooms - allowed))
     foreign = {name for module in IMPORTS if module.startswith("decoding.") for name in IMPORTS[module]} & {
         "datasets", "peft", "deepspeed", "accelerate", "lm_eval", "jsonargparse",
     }  # fmt: skip
     assert not foreign
+
+
+def test_what_a_setting_may_be_is_known_to_all_and_knows_nothing() -> None:
+    assert IMPORTS["settings.bounds"] <= set(sys.stdlib_module_names)
 
 
 def test_verbs_do_not_know_each_other_but_training_converts_and_planning_trains() -> None:

@@ -345,18 +345,18 @@ def test_a_blank_is_filled_in_sight_of_what_follows_it(diffusion_lm):
         ),
         (
             lambda lm: SamplerConfig(threshold="0.9"),  # pyright: ignore[reportArgumentType]
-            "sampler.threshold='0.9': must be a number",
+            "sampler.threshold=0.9: must be a number",
         ),
-        (lambda lm: SamplerConfig(threshold=1.5), "sampler.threshold=1.5: must lie in (0, 1]"),
-        (lambda lm: SamplerConfig(tokens_per_step=0), "sampler.tokens_per_step=0: must be at least 1"),
+        (lambda lm: SamplerConfig(threshold=1.5), "sampler.threshold=1.5: must be above 0 and at most 1"),
+        (lambda lm: SamplerConfig(tokens_per_step=0), "sampler.tokens_per_step=0: must be from 1 to "),
         (lambda lm: SamplerConfig(order="random"), "sampler.order=random: choose one of confidence, left_to_right"),
-        (lambda lm: SamplerConfig(canvas_length=0), "sampler.canvas_length=0: must be at least 1"),
+        (lambda lm: SamplerConfig(canvas_length=0), "sampler.canvas_length=0: must be from 1 to "),
         (
             lambda lm: lm.infill(torch.tensor([[5, 301]]), sampler=SamplerConfig(canvas_length=2)),
             "sampler.canvas_length=2: infilling has the whole text as its canvas",
         ),
-        (lambda lm: SamplerConfig(temperature=-1), "sampler.temperature=-1: must be at least 0"),
-        (lambda lm: SamplerConfig(top_p=0), "sampler.top_p=0: must lie in (0, 1]"),
+        (lambda lm: SamplerConfig(temperature=-1), "sampler.temperature=-1: must be from 0 to "),
+        (lambda lm: SamplerConfig(top_p=0), "sampler.top_p=0: must be above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_written_is_refused(diffusion_lm, call, said):

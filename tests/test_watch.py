@@ -203,7 +203,7 @@ def test_the_time_of_samples_is_in_no_rate(run, monkeypatch: pytest.MonkeyPatch)
     "settings, message",
     [
         ({"training__sample_prompt": ""}, "training.sample_prompt='': is empty; write at least one word"),
-        ({"training__sample_steps": -1}, "training.sample_steps=-1: must be at least 0"),
+        ({"training__sample_steps": -1}, "training.sample_steps=-1: must be from 0 to "),
         (
             {"training__sample_steps": 1, "training__sample_prompt": "cat " * 300},
             "training.sample_prompt: has 300 tokens, and with the 64 .* more than the 256 positions",

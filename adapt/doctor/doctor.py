@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from ..arguments import CommandParser, wait_for_rank_zero
+from ..settings.bounds import Bounds
 from ..training.engine import build_locks, shared_buffers
 from .all_reduce import all_reduce_line, launch_ranks
 
@@ -226,14 +227,23 @@ def _line(check: Check) -> str:
 def main(argv: list[str]) -> int:
     """The `adapt doctor` command; what `recipes/doctor.py` runs on every rank."""
     parser = CommandParser(prog="adapt doctor", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=1, help="processes here that add up numbers with each other")
-    parser.add_argument("--timeout", type=int, default=60, help="seconds until a rank counts as unreachable")
+    parser.option(
+        "--ranks",
+        type=Annotated[int, Bounds(1, _MAX_RANKS)],
+        default=1,
+        help="processes here that add up numbers with each other",
+    )
+    parser.option(
+        "--timeout",
+        type=Annotated[int, Bounds(1, _MAX_TIMEOUT)],
+        default=60,
+        help="seconds until a rank counts as unreachable",
+    )
     parser.add_argument("--all_reduce_only", action="store_true", help="leave out what this machine can run")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.option(
+        "--local_rank", type=Annotated[int, Bounds(-1, 2**16)], default=-1, help="set by the deepspeed launcher"
+    )
     options = parser.parse_args(argv)
-    for name, value, most in (("ranks", options.ranks, _MAX_RANKS), ("timeout", options.timeout, _MAX_TIMEOUT)):
-        if not 1 <= value <= most:
-            raise ValueError(f"--{name}={value}: must be 1 to {most:,}")
     # Before torch is imported: its C++ prints a stack for each address that does not answer, around our one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,31 +1,20 @@
-"""Writes a diffusion checkpoint as a folder that works without this package: weights, tokenizer, model card, decoding code.
+"""A diffusion checkpoint becomes a folder that works without this package: weights, tokenizer, model card, decoding code.
 
-    adapt export runs/mine/model out/mine --format hf
-    adapt export runs/mine/converted out/mine --format hf --adapter runs/mine/adapter --dtype bfloat16
-    adapt export runs/mine/model out/mine --format hf --report out/report/report.json --license apache-2.0
+    export("runs/mine/model", "out/mine")
 
-and then, wherever transformers is:
-
-    model = AutoModelForCausalLM.from_pretrained("out/mine")
-    model.generate(**inputs, custom_generate="out/mine", trust_remote_code=True, max_new_tokens=64)
-
-OUT appears when all of it is there. What is in OUT/custom_generate/ is copied from this package, so it writes the same tokens.
+`out` appears when all of it is there. What is in out/custom_generate/ is copied from this package, so it writes the same tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .. import progress
-from ..arguments import CommandParser
 from ..conversion.base_model import fetch
 from ..conversion.copy_weights import Copy
 from ..conversion.weight_plan import kept_in_float32, stored_dtype
@@ -44,8 +33,8 @@ from ..spec import DiffusionSpec
 from ..tokens import pad_token_id
 from .bundle import bundle, flat_name
 from .model_card import hub_base, license_of, read_report, write_card
+from .settings import check_settings
 
-FORMATS = ("hf",)
 REQUIREMENTS = ("torch>=2.9", "transformers>=5.20")  # tests/test_packaging.py holds them against pyproject.toml
 _ENTRY = "export.custom_generate"
 MAX_NEW_TOKENS = 64  # what `adapt generate` writes by default
@@ -73,7 +62,7 @@ def export(
     with where the caller says nothing. Raises ValueError if `out` exists, and for what `load` refuses.
     """
     out = Path(out)
-    _check_settings(out, format, dtype, max_shard_size)
+    check_settings(out, format, dtype, max_shard_size)
     checkpoint, adapter = base_and_adapter(checkpoint, adapter)
     check_model_folder(checkpoint)
     figures = None if report is None else read_report(report, Path(checkpoint))
@@ -134,16 +123,6 @@ def _write_model(
         check_folder_finite(staged, what)
 
 
-def _check_settings(out: Path, format: str, dtype: str | None, max_shard_size: str | None) -> None:
-    check_new_folder(out)
-    if format not in FORMATS:
-        raise ValueError(f"format={format}: choose one of {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}: choose one of {', '.join(sorted(DTYPES))}")
-    if max_shard_size is not None and not re.fullmatch(r"\d+([KMGT]I?)?B", max_shard_size.upper()):
-        raise ValueError(f"max_shard_size={max_shard_size}: must be a size like 500MB, 5GB or 2GiB")
-
-
 def _generation_config(
     tokenizer: PreTrainedTokenizerBase, spec: DiffusionSpec, sampler: SamplerConfig
 ) -> GenerationConfig:
@@ -172,26 +151,3 @@ def _write_code(folder: Path) -> None:
         name = "generate" if name == flat_name(_ENTRY) else name  # transformers looks for this name
         (folder / f"{name}.py").write_text(source, encoding="utf-8")
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS))
-
-
-def main(argv: list[str]) -> None:
-    """The `adapt export` command."""
-    parser = CommandParser(prog="adapt export", description=__doc__)
-    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="folder with a diffusion checkpoint")
-    parser.add_argument("out", type=str, metavar="OUT", help="new folder")
-    parser.add_argument("--format", type=str, default="hf", help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder to merge in")
-    parser.add_argument("--dtype", type=str | None, default=None, help=f"{', '.join(DTYPES)}; default: as in CKPT")
-    parser.add_argument(
-        "--max_shard_size", type=str | None, default=None, help="of one safetensors file; default: as in CKPT"
-    )
-    parser.add_argument("--report", type=str | None, default=None, help="report.json of `adapt compare`, for the card")
-    parser.add_argument("--license", type=str | None, default=None, help="as the Hub spells it; default: the base's")
-    parser.add_class_arguments(SamplerConfig, "sampler")
-    arguments = parser.instantiate(parser.parse_args(argv))
-    out = export(**vars(arguments))
-    print(f"{out}: loads with transformers alone; custom_generate/ decodes as this package does", file=sys.stderr)
-    if ModelCard.load(out / "README.md").data.to_dict().get("license") is None:
-        print(
-            f"{out}/README.md: names no licence, the base's is not known here; add it with --license", file=sys.stderr
-        )

@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load
 from yaml import YAMLError
 
 from .json_file import read_json
 from .model_config import without_code
 
 _UNTRAINED = "UNTRAINED"
+_ADAPTER = "adapter_config.json"
 
 
 def mark_untrained(folder: Path) -> None:
@@ -37,6 +37,14 @@ def diffusion_section(folder: str | Path) -> Any:
     if not (Path(folder) / "config.json").is_file():
         return None
     return read_json(Path(folder) / "config.json", f"checkpoint={folder}").get("diffusion")
+
+
+def check_named_folders(folder: str | Path, adapter: str | Path | None = None, setting: str = "checkpoint") -> None:
+    """ValueError for what is no model or no adapter at first sight, before what reads them is imported."""
+    if not (Path(folder) / _ADAPTER).is_file():  # an adapter's folder stands for the model that it names
+        check_model_folder(folder, setting)
+    if adapter is not None and not (Path(adapter) / _ADAPTER).is_file():
+        raise ValueError(f"adapter={adapter}: not a PEFT folder (no {_ADAPTER} in it)")
 
 
 def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
@@ -89,6 +97,8 @@ def _lies_in(folder: Path, path: Path) -> bool:
 
 def licence_named(folder: Path) -> str | None:
     """The licence that the folder's model card (README.md) names in its metadata; None where it names none."""
+    from huggingface_hub import metadata_load
+
     try:
         found = (metadata_load(folder / "README.md") or {}).get("license")
     except (OSError, ValueError, YAMLError):  # no card, or no metadata in it

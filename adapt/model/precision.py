@@ -12,9 +12,11 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from ..spec import DTYPE_NAMES
+
 Precision = Literal["auto", "bf16", "fp32"]
 PRECISIONS = get_args(Precision)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _NATIVE = 0.8
 """least speed of bf16 over that of fp32 that counts as native; what emulates it has 0.2 to 0.4, what computes it 2 to 8"""
 _ROWS, _IN, _OUT, _ROUNDS = 256, 576, 1536, 7

@@ -7,31 +7,14 @@ probability mask_ratio = 1 - alpha_t. The training weight of a noised token is e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .schedules import SCHEDULES, Schedule
+
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 SILVER_RATIO = math.sqrt(2) - 1
-
-
-class Schedule(NamedTuple):
-    """How fast tokens vanish: two functions of times t in [0, 1], of any shape and elementwise.
-
-    A new one is a line in SCHEDULES; `noise.schedule` of a recipe takes its name. alpha(0) = 1, alpha(1) = 0, falling between,
-    and alpha_prime is its derivative: tests/test_noise.py holds each of them to that.
-    """
-
-    alpha: Callable[[Tensor], Tensor]
-    alpha_prime: Callable[[Tensor], Tensor]
-
-
-SCHEDULES = {
-    "linear": Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t)),
-    "cosine": Schedule(lambda t: torch.cos(math.pi / 2 * t), lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * t)),
-}
 
 
 def alpha(t: Tensor, schedule: str = "linear") -> Tensor:

@@ -15,41 +15,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..arguments import CommandParser
-from ..training.recipe import Recipe, check_files
-from .measured_rate import benchmark_rate
-from .planner import Planner, model_config, plan, resolved
-from .table import plan_json, plan_table
-from .zero import Zero
+from ..files.model_folder import check_model_folder
+from ..files.user_text import check_user_file
+from ..settings.bounds import Bounds, Ranks, one_of
+from ..training.recipe import Recipe, RecipeFile
+
+if TYPE_CHECKING:
+    from .planner import Planner
+    from .zero import Zero
+
+_Gigabytes = Annotated[float, Bounds(0, 1e6, low_is_open=True)]
+_Rate = Annotated[float, Bounds(0, 1e12, low_is_open=True)]
+_TokensOfRun = Annotated[float, Bounds(0, 1e18, low_is_open=True)]
 
 
 def main(argv: list[str]) -> None:
     """The `adapt plan` command."""
-    parser = CommandParser(prog="adapt plan", description=__doc__)
-    parser.add_argument("--config", action="config", help="a recipe; later arguments override it")
-    parser.add_argument("--gpus", type=int, default=1, help="ranks of the run, over all nodes")
-    parser.add_argument(
-        "--gpu_memory", type=float | None, default=None, help="GB of each; finds the largest micro-batch"
-    )
-    parser.add_argument("--reserve", type=float, default=0.1, help="share of gpu_memory that is kept free")
-    parser.add_argument("--tokens_per_s", type=float | None, default=None, help="clean tokens/s of one GPU")
-    parser.add_argument(
-        "--benchmark", type=Path | None, default=None, help="take it from a result of benchmarks/train.py"
-    )
-    parser.add_argument("--train_tokens", type=float | None, default=None, help="clean tokens of the run")
-    parser.add_argument(
-        "--model_config", type=Path | None, default=None, help="config.json, if model.base is not at hand"
-    )
-    parser.add_argument("--device", type=str, default="cuda", help="cuda or cpu")
-    parser.add_argument("--json", type=bool, default=False, help="print JSON instead")
-    parser.add_class_arguments(Recipe, as_group=False)
-    check_files(parser, argv)
-    given = parser.parse_args(argv)
-    made = parser.instantiate(given)
-    _check(given)
-    recipe = Recipe(made.model, made.data, made.training, made.noise, made.objective)
+    given, recipe = _read(argv)
+    # Here, because torch takes seconds, and what is refused above needs none.
+    from .measured_rate import benchmark_rate
+    from .planner import Planner, model_config, plan, resolved
+    from .table import plan_json, plan_table
+
     config = model_config(recipe, given.model_config, [Path(str(file)) for file in given.config or []])
     planner = Planner(resolved(recipe, config), config, gpus=given.gpus, device=given.device)
     memory = None if given.gpu_memory is None else given.gpu_memory * 1e9 * (1 - given.reserve)
@@ -61,21 +51,45 @@ def main(argv: list[str]) -> None:
     print(json.dumps(plan_json(rows, cost), indent=1) if given.json else plan_table(planner, rows, cost, given))
 
 
+def _read(argv: list[str]) -> tuple[Any, Recipe]:
+    """(options, recipe) of a command line; all that can be refused without the model's config is refused."""
+    parser = CommandParser(prog="adapt plan", description=__doc__)
+    parser.add_argument("--config", action=RecipeFile, help="a recipe; later arguments override it")
+    parser.option("--gpus", type=Ranks, default=1, help="ranks of the run, over all nodes")
+    parser.option(
+        "--gpu_memory", type=_Gigabytes | None, default=None, help="GB of each; finds the largest micro-batch"
+    )
+    parser.option(
+        "--reserve",
+        type=Annotated[float, Bounds(0, 1, high_is_open=True)],
+        default=0.1,
+        help="share of gpu_memory that is kept free",
+    )
+    parser.option("--tokens_per_s", type=_Rate | None, default=None, help="clean tokens/s of one GPU")
+    parser.option("--benchmark", type=Path | None, default=None, help="take it from a result of benchmarks/train.py")
+    parser.option("--train_tokens", type=_TokensOfRun | None, default=None, help="clean tokens of the run")
+    parser.option("--model_config", type=Path | None, default=None, help="config.json, if model.base is not at hand")
+    parser.option("--device", type=str, default="cuda", help="cuda or cpu")
+    parser.option("--json", type=bool, default=False, help="print JSON instead")
+    parser.add_class_arguments(Recipe, as_group=False)
+    given = parser.parse_args(argv)
+    made = parser.instantiate(given)
+    _check(given)
+    recipe = Recipe(made.model, made.data, made.training, made.noise, made.objective)
+    recipe.training.accumulation_steps(given.gpus)
+    if given.model_config is None and not recipe.model.base.endswith(".gguf"):
+        check_model_folder(recipe.model.base, "model.base")
+    return given, recipe
+
+
 def _check(given: Any) -> None:
-    if given.gpus < 1:
-        raise ValueError(f"gpus={given.gpus}: must be at least 1")
-    if given.device not in ("cpu", "cuda"):
-        raise ValueError(f"device={given.device}: choose one of cpu, cuda")
-    if not 0 <= given.reserve < 1:
-        raise ValueError(f"reserve={given.reserve}: must be at least 0 and below 1")
-    for name in ("gpu_memory", "tokens_per_s", "train_tokens"):
-        value = getattr(given, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value}: must be above 0")
+    one_of("device", given.device, ("cpu", "cuda"))
     if given.benchmark is not None and given.tokens_per_s is not None:
         raise ValueError("benchmark and tokens_per_s: both say how fast it is; give one of them")
-    if given.benchmark is not None and not given.benchmark.is_file():
-        raise ValueError(f"benchmark={given.benchmark}: no such file; give a report of benchmarks/train.py")
+    if given.benchmark is not None:
+        check_user_file(given.benchmark, "benchmark", "a report of benchmarks/train.py")
+    if given.model_config is not None and not given.model_config.is_dir():
+        check_user_file(given.model_config, "model_config", "a model's config.json")
     if given.train_tokens is not None and given.benchmark is None and given.tokens_per_s is None:
         raise ValueError(f"train_tokens={given.train_tokens}: a time needs --tokens_per_s or --benchmark too")
 

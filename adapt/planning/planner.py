@@ -95,8 +95,6 @@ def model_config(recipe: Recipe, path: Path | None, recipes: list[Path] | None =
     base = recipe.model.base
     beside = [file.parent / "config.json" for file in recipes or [] if (file.parent / "config.json").is_file()]
     example = beside[-1] if beside else "recipes/qwen3-0.6b/config.json"
-    if path is not None and not path.exists():
-        raise ValueError(f"model_config={path}: no such file; give a model's config.json")
     if path is None and base.endswith(".gguf"):
         raise ValueError(f"model.base={base}: a GGUF file has no config.json; give the original's with --model_config")
     if path is None:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from .sections import at_least, between, one_of
+from ..settings.bounds import Bounds, Tokens, check_settings, one_of
+
+_Rank = Annotated[int, Bounds(1, 2**16)]
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters instead of full fine-tuning; the mask token's embedding row is trained besides."""
 
-    r: int = 16
+    r: _Rank = 16
     """rank"""
-    alpha: int = 32
+    alpha: _Rank = 32
     """scale; the update is alpha / r"""
-    dropout: float = 0.0
+    dropout: Annotated[float, Bounds(0, 1, high_is_open=True)] = 0.0
     """probability"""
     target_modules: str | list[str] = "all-linear"
     """names of the adapted layers, as peft takes them"""
 
     def __post_init__(self) -> None:
-        at_least("model.lora.r", self.r, 1)
-        between("model.lora.dropout", self.dropout, 0, 1)
+        check_settings(self, "model.lora")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ModelConfig:
     """Hub id, folder, or .gguf file; a diffusion checkpoint is trained on as it is, a causal LM is converted first"""
     attention: str | None = None
     """bidirectional, block or prefix. None = a diffusion checkpoint's own; a causal LM is converted to prefix"""
-    block_size: int | None = None
+    block_size: Tokens | None = None
     """tokens refined together, which attention=block needs; blocks are counted from the start of the text"""
     clean_context: str | None = None
     """how finished blocks see each other: causal (as in the base; the default of block) or block; used at conversion"""
@@ -53,6 +55,7 @@ class ModelConfig:
     """nf4: the frozen base is held in 4 bits and model.lora is trained on it (QLoRA, bitsandbytes)"""
 
     def __post_init__(self) -> None:
+        check_settings(self, "model")
         if self.attention is not None:
             one_of("model.attention", self.attention, ("bidirectional", "block", "prefix"))
         if (self.block_size is None) == (self.attention == "block"):
@@ -70,7 +73,6 @@ class ModelConfig:
                 raise ValueError(
                     f"model.clean_context={self.clean_context}: belongs to model.attention=block; leave it out"
                 )
-        at_least("model.block_size", self.block_size, 1)
         if self.attn_implementation is not None:
             kernels = ("eager", "flex_attention", "sdpa", "sdpa_pieces")
             one_of("model.attn_implementation", self.attn_implementation, kernels)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
 
-import yaml
+from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
 
+from ..arguments import CommandParser
+from ..files.user_text import user_yaml, yaml_text
+from ..settings.bounds import Bounds, check_value, dataclass_in, hints, shown
 from .model_section import ModelConfig
 from .sections import DataConfig, NoiseConfig, ObjectiveConfig, TrainingConfig
-
-if TYPE_CHECKING:
-    from ..arguments import CommandParser
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Recipe:
 
     def as_yaml(self) -> str:
         """The resolved recipe, which loads again as a recipe."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return yaml_text(asdict(self))
 
     def save(self, path: Path) -> None:
         """Writes it to a file."""
@@ -101,43 +102,68 @@ def ignored_by_ar(recipe: Recipe) -> list[str]:
     ]
 
 
-def _no_recipe(file: Path) -> str | None:
-    """Why that file cannot be read as a recipe, and what to do; None if it can."""
-    if file.is_dir():
-        return "is a folder; give a recipe in it, a YAML file"
-    if not file.exists():
-        beside = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
-        near = difflib.get_close_matches(file.name, beside, n=1)
-        return f"no such file; did you mean {file.with_name(near[0])}?" if near else "no such file; give a recipe"
-    try:
-        sections = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f" (line {mark.line + 1}: {problem})" if mark else ""
-        return f"is no YAML{where}; give a recipe"
-    if not isinstance(sections, dict):
-        return f"is no recipe, which has the sections {', '.join(sorted(section.name for section in fields(Recipe)))}"
-    for name, settings in sections.items():
+def recipe_sections(file: Path) -> dict[str, dict[str, Any]]:
+    """What a recipe says, {section: {setting: value}}; ValueError where it is no recipe, or a value is not of its setting's type.
+
+    The file is read once: it may be a pipe.
+    """
+    found = user_yaml(file, "config", "a recipe")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"config={file}: is no recipe, which has the sections {', '.join(sorted(hints(Recipe)))}")
+    for section, settings in found.items():
+        known = hints(Recipe).get(section)
+        if known is None:
+            raise ValueError(f"config={file}: unknown section {shown(section)}; {_instead(section, hints(Recipe))}")
         if not isinstance(settings, dict):
-            return f"{name} holds no settings but {settings!r}; write some under it, or leave it out"
-    return None
+            raise ValueError(
+                f"config={file}: {section} holds no settings but {shown(settings)}; write some under it, or leave it out"
+            )
+        _check_section(file, section, settings, known)
+    return found
 
 
-def check_files(parser: CommandParser, argv: list[str]) -> None:
-    """Exits with 2 where a `--config FILE` among the arguments cannot be read as a recipe."""
-    given = [value for option, value in pairwise(argv) if option == "--config"]
-    for file in [*given, *(option.removeprefix("--config=") for option in argv if option.startswith("--config="))]:
-        if why := _no_recipe(Path(file)):
-            parser.error(f"config={file}: {why}")
+def _check_section(file: Path, section: str, settings: dict[str, Any], known: type) -> None:
+    for name, value in settings.items():
+        hint = hints(known).get(name)
+        if hint is None:
+            raise ValueError(
+                f"config={file}: unknown setting {section}.{name}; {_instead(name, hints(known), section)}"
+            )
+        if isinstance(value, dict) and (inner := dataclass_in(hint)):
+            _check_section(file, f"{section}.{name}", value, inner)
+            continue
+        try:
+            check_value(f"{section}.{name}", value, hint)
+        except ValueError as error:
+            raise ValueError(f"config={file}: {error}") from None
+
+
+def _instead(name: object, known: Collection[str], section: str = "") -> str:
+    prefix = f"{section}." if section else ""
+    if near := difflib.get_close_matches(str(name), known, n=1):
+        return f"did you mean {prefix}{near[0]}?"
+    return f"allowed are {', '.join(sorted(known))}"
+
+
+class RecipeFile(ActionConfigFile):
+    """`--config FILE`, whose place among the arguments counts: later ones override it."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            sections = recipe_sections(Path(values))
+        except ValueError as error:
+            parser.error(str(error))
+        ActionConfigFile.apply_config(parser, cfg, self.dest, json.dumps(sections, ensure_ascii=False))
+        cfg[self.dest][-1] = values
 
 
 @functools.cache  # building it takes 0.07 s, most of it to find the fields' docstrings in the source
 def _parser(description: str | None) -> CommandParser:
-    from ..arguments import CommandParser
-
     parser = CommandParser(prog="adapt train", description=description)
-    parser.add_argument("--config", action="config", help="a recipe; later arguments override it")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument("--config", action=RecipeFile, help="a recipe; later arguments override it")
+    parser.option(
+        "--local_rank", type=Annotated[int, Bounds(-1, 2**16)], default=-1, help="set by the deepspeed launcher"
+    )
     parser.add_class_arguments(Recipe, as_group=False)
     return parser
 
@@ -145,9 +171,7 @@ def _parser(description: str | None) -> CommandParser:
 def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
     """The recipe of a command line: `--config FILE` and dotted overrides. Exits with 2 on unknown keys and wrong types."""
     parser = _parser(description)
-    check_files(parser, argv)
-    namespace = parser.parse_args(argv)
-    config = parser.instantiate(namespace)
+    config = parser.instantiate(parser.parse_args(argv))
     return Recipe(config.model, config.data, config.training, config.noise, config.objective)
 
 

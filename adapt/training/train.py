@@ -1,7 +1,6 @@
-"""Trains a diffusion checkpoint (or its AR control) with transformers' Trainer, alone or under DeepSpeed.
+"""A recipe becomes a trained checkpoint (or its AR control), with transformers' Trainer, alone or under DeepSpeed.
 
-    adapt train --config recipes/smollm2-135m/prefix.yaml
-    deepspeed --num_gpus 8 recipes/train.py --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4
+    train(parse_recipe(["--config", "recipes/smollm2-135m/prefix.yaml"]))
 
 The run is one list of packed rows (`data/packing.py`); a step reads the next global_batch_size of them. Its loss is divided once,
 by the tokens of that whole global batch, so the curve is the same for any split over ranks and accumulation steps.
@@ -47,7 +46,7 @@ from .data.views import Canvases
 from .engine.arguments import check_schedule, training_arguments, whole_weights
 from .interruption import Interrupted, failures_name_the_checkpoint
 from .loss.distill import teacher_of
-from .recipe import Recipe, ignored_by_ar, parse_recipe
+from .recipe import Recipe, ignored_by_ar
 from .start_model import check_base, check_it_can_be_saved, diffusion_checkpoint, prepared
 from .trainer import DiffusionTrainer
 from .watch.evaluation import Evaluation
@@ -211,12 +210,12 @@ def _share_cores() -> None:
     torch.set_num_threads(max(1, cores // ranks_here))
 
 
-def main(argv: list[str]) -> int:
-    """The `adapt train` command, and what `recipes/train.py` runs on every rank; after a signal 128 + its number."""
+def run(recipe: Recipe) -> int:
+    """The exit code of a rank that trains the recipe; after a signal 128 + its number."""
     _share_cores()
     is_main = int(os.environ.get("RANK", "0")) == 0
     try:
-        final = train(parse_recipe(argv, __doc__))
+        final = train(recipe)
     except Interrupted as saved:
         if is_main:
             print(f"adapt train: {saved}", file=sys.stderr)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-import torch
 
 from adapt import progress
 from adapt.training.engine.launcher import OWNER
@@ -39,6 +38,8 @@ def train(arm: str, init: Path, data: Path, folder: Path, overrides: Sequence[st
     if final.exists():
         progress.say(f"{final} is there already: reused")
         return final
+    import torch
+
     scripts = str(Path(sys.executable).parent)
     environment = {OWNER: str(os.getpid()), "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
     if torch.cuda.device_count() == 0:

@@ -13,10 +13,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .arms import Outcome
+
+if TYPE_CHECKING:
+    import torch
 
 ALL_EXAMPLES, FEWEST_EXAMPLES = 2600, 40
 ALL_ITEMS, FEWEST_ITEMS = 200, 60
@@ -74,6 +76,7 @@ class Plan:
 
 def measured_rate(base: Path, dtype: torch.dtype) -> float:
     """Positions/s that training will reach, from a few forward and backward passes over one row of the base model."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,6 +161,8 @@ def _minutes_for(num_train: int, positions_per_s: float) -> int:
 
 
 def _machine() -> str:
+    import torch
+
     return "GPU" if torch.cuda.is_available() else "CPU"
 
 

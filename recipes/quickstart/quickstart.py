@@ -21,19 +21,16 @@ from pathlib import Path
 
 from adapt import progress
 from adapt.arguments import CommandParser
-from adapt.conversion.convert import convert
-from adapt.conversion.gguf import gguf_to_folder
 from adapt.decoding.settings import SamplerConfig
 from adapt.files import marks
 from adapt.files.outputs import check_folder, locked
-from adapt.model.precision import DTYPES, compute_dtype_of
+from adapt.settings.bounds import Minutes, Seed
 
 from . import budget
 from .arms import outcome, train
 from .budget import Plan
 from .extraction import TASK, write_dataset
 from .smollm2 import fetch_smollm2
-from .tiny_base import write_tiny_base
 
 SAMPLER = SamplerConfig(threshold=0.95, order="left_to_right", canvas_length=8)
 _FAST_ITEMS = 16
@@ -49,6 +46,10 @@ _MADE = ("base", "data", "control", "adapted-init", "adapted", "report")
 
 def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: int = 1) -> dict:
     """Runs all steps into the folder `out`, which a later run continues or reuses, and returns the report."""
+    # Here, because torch takes seconds, and what `main` refuses needs none.
+    from adapt.conversion.convert import convert
+    from adapt.conversion.gguf import gguf_to_folder
+
     started = time.perf_counter()
 
     def spent() -> float:
@@ -148,6 +149,8 @@ def _keep(out: Path, settings: dict, plan: Plan) -> None:
 
 
 def _measured_plan(base: Path, minutes: float, spent: Callable[[], float]) -> Plan:
+    from adapt.model.precision import DTYPES, compute_dtype_of
+
     dtype = compute_dtype_of()
     with progress.doing("measuring how fast this machine trains"):
         rate = budget.measured_rate(base, dtype)
@@ -157,6 +160,8 @@ def _measured_plan(base: Path, minutes: float, spent: Callable[[], float]) -> Pl
 
 def _write_tiny_base(base: Path) -> None:
     """The tokenizer is trained on the task's own text."""
+    from .tiny_base import write_tiny_base
+
     text = (write_dataset(base.with_name("data"), train=500, test=1, seed=0) / "train.jsonl").read_text()
     write_tiny_base(base, text)
 
@@ -173,14 +178,12 @@ def _train(arm: str, init: Path, out: Path, plan: Plan, seed: int, fast: bool) -
 def main(argv: list[str]) -> None:
     """The `adapt quickstart` command."""
     parser = CommandParser(prog="adapt quickstart", description=__doc__)
-    parser.add_argument("--out", type=str | None, default=None, help="folder for everything; default quickstart[-fast]")
-    parser.add_argument("--minutes", type=float, default=20.0, help="that everything may take, the comparison included")
+    parser.option("--out", type=str | None, default=None, help="folder for everything; default quickstart[-fast]")
+    parser.option("--minutes", type=Minutes, default=20.0, help="that everything may take, the comparison included")
     parser.add_argument("--fast", action="store_true", help="a tiny random model instead of SmolLM2")
-    parser.add_argument("--seed", type=int, default=1, help="keys data, noise and sampling")
+    parser.option("--seed", type=Seed, default=1, help="keys data, noise and sampling")
     parser.add_argument("--fresh", action="store_true", help="start again instead of reusing what an earlier run left")
     arguments = parser.parse_args(argv)
-    if arguments.minutes <= 0:
-        raise ValueError(f"minutes={arguments.minutes}: must be above 0, such as 20")
     default = "quickstart-fast" if arguments.fast else "quickstart"
     out = check_folder(default if arguments.out is None else arguments.out, "out")
     if arguments.fresh and out.exists():

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapt import cli
+from adapt.doctor.bug_report import OURS
 
 SECONDS = 60
 """after which a verb counts as hanging: no answer to bad input needs a tenth of it"""
 RAN = "RAN"
 """the file that planted code makes in the current folder; it may never be there"""
-_UNFORESEEN = "/issues"  # the line that asks for a report names the page for it
 
 
 class Answer(NamedTuple):
@@ -51,7 +51,7 @@ def attack(
     assert answer.line.startswith((f"adapt {argv[0]}: error: ", "lm-eval: error: ")), (
         answer
     )  # lm-eval has its own parser
-    assert _UNFORESEEN not in answer.line, answer
+    assert OURS not in answer.line, answer
     assert says in answer.line, answer
     touched = {path for path in answer.changed if path.split(os.sep)[0] not in set(may_write)}
     assert not touched, answer

@@ -16,11 +16,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-
+from ...files.user_text import user_json
+from ...settings.bounds import shown
 from ..sections import TrainingConfig
 
 _STAGES = (0, 1, 2, 3)
+_OR_NULL = ("offload_param", "offload_optimizer")
+_SECTIONS = (
+    *("bf16", "fp16", "optimizer", "optimizer.params", "zero_optimization"),
+    *(f"zero_optimization.{name}" for name in _OR_NULL),
+)
 _GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
@@ -44,17 +49,15 @@ def read_ds_config(path_or_name: str) -> dict[str, Any]:
     path = Path(path_or_name).expanduser() if is_path else files("adapt_launch") / "ds" / f"{path_or_name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"deepspeed={path_or_name}: no such file; shipped are {', '.join(shipped())}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"deepspeed={path}: not valid JSON: {error}") from None
-    except KeyError as error:
-        raise ValueError(f"deepspeed={path}: {error} is there twice; keep one") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"deepspeed={path}: must hold one JSON object, holds a {type(config).__name__}")
-    for section in ("bf16", "fp16", "optimizer", "zero_optimization"):
-        if not isinstance(config.get(section, {}), dict):
-            raise ValueError(f"deepspeed.{section}={json.dumps(config[section])} in {path.name}: must be an object")
+    config = user_json(Path(str(path)), "deepspeed", f"DeepSpeed's config; shipped are {', '.join(shipped())}")
+    for section in _SECTIONS:
+        found: Any = config
+        for name in section.split("."):
+            found = found.get(name, {})
+            if not isinstance(found, dict):
+                if name in _OR_NULL and found is None:
+                    break
+                raise ValueError(f"deepspeed.{section}={shown(found)} in {path.name}: must be an object")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in _STAGES:
@@ -90,6 +93,8 @@ def leave_to_the_recipe(config: dict[str, Any]) -> None:
 
 def check_agrees(config: dict[str, Any], ours: TrainingConfig, world_size: int) -> None:
     """ValueError for the first key that is neither "auto" nor what the recipe says; transformers' own comparison finds it."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig  # brings torch, and the rest here is quick
+
     held = HfTrainerDeepSpeedConfig(config)
     is_bf16 = ours.precision == "bf16"
     for key, value, setting in (
@@ -115,12 +120,3 @@ def nvme_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
     zero = config.get("zero_optimization", {})
     sections = [zero.get("offload_param"), zero.get("offload_optimizer")]
     return [section for section in sections if isinstance(section, dict) and section.get("device") == "nvme"]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise KeyError(key)
-        found[key] = value
-    return found

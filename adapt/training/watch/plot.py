@@ -16,9 +16,11 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 from ...arguments import CommandParser
 from ...files.outputs import check_file
+from ...settings.bounds import Bounds
 from ...text_table import text_table
 from .figure import FORMATS, draw, is_our_figure
 from .run_lines import UNITS, NoLineYet, Run, X, read_runs, smoothed
@@ -96,20 +98,20 @@ def main(argv: list[str]) -> None:
         "runs", type=str, nargs="+", metavar="RUN", help="a run's folder or metrics.jsonl, or name=path"
     )
     parser.add_argument("--x", default="clean_tokens", choices=sorted(X), help="what the curves run over")
-    parser.add_argument(
+    parser.option(
         "--y",
         type=str | None,
         default=None,
         help="a key of metrics.jsonl, such as loss, nelbo, noised_nll, ar_nll, grad_norm or clean_tokens_per_s; "
         "default: nelbo, or what all runs report of noised_nll and loss",
     )
-    parser.add_argument(
+    parser.option(
         "--smooth",
-        type=float,
+        type=Annotated[float, Bounds(0, 1, high_is_open=True)],
         default=0.0,
         help="weight of the exponential mean, per logged line, 0 to below 1 (0.9 averages about 10 lines); 0 = as reported",
     )
-    parser.add_argument(
+    parser.option(
         "--out",
         type=str | None,
         default=None,
@@ -117,8 +119,6 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--follow", action="store_true", help="print the table again and again; Ctrl-C ends it")
     arguments = parser.parse_args(argv)
-    if not 0 <= arguments.smooth < 1:
-        raise ValueError(f"smooth={arguments.smooth}: must be at least 0 and below 1; try 0.9")
     if arguments.out is not None:
         check_out(arguments.out)
         if arguments.follow:

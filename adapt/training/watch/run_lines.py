@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files.user_text import user_text
+from ...settings.bounds import shown
+
 X = {
     "clean_tokens": ("clean_tokens_seen", "clean tokens seen"),
     "step": ("step", "optimizer steps"),
@@ -21,6 +24,10 @@ UNITS = {
     "grad_norm": "L2",
     "peak_memory_gb": "GB",
 }
+
+
+_NUMBERS = {*UNITS, *(key for key, _ in X.values())}
+_LARGEST = 1e300  # a whole number of JSON may be too large for a float
 
 
 class NoLineYet(ValueError):
@@ -63,20 +70,26 @@ def _read(path: Path) -> tuple[Path, list[dict]]:
     file = path / "metrics.jsonl" if path.is_dir() else path
     if path.is_dir() and (path / "config.yaml").is_file() and not file.is_file():
         raise NoLineYet(f"RUN={path}: holds no line yet; wait for the run's first log")
-    if not file.is_file():
+    if not file.exists() or (path.is_dir() and not file.is_file()):
         what = "holds no metrics.jsonl" if path.is_dir() else "no such file or folder"
         raise ValueError(f"RUN={path}: {what}; give a run's folder (training.output_dir) or its metrics.jsonl")
-    texts = file.read_text().splitlines()
+    texts = user_text(file, "RUN", "the metrics.jsonl that a run wrote").splitlines()
     lines: list[dict] = []
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             if number == len(texts):
                 break  # a run that is going on, or was killed, as it wrote it
-            raise ValueError(f"RUN={file}: line {number} is no JSON ({error.msg}); is it a metrics.jsonl?") from error
+            reason = getattr(error, "msg", None) or "nested too deeply, or a number of thousands of digits"
+            raise ValueError(f"RUN={file}: line {number} is no JSON ({reason}); is it a metrics.jsonl?") from error
         if not isinstance(line, dict):
             raise ValueError(f"RUN={file}: line {number} is no JSON object; is it a metrics.jsonl?")
+        for key in _NUMBERS & line.keys():
+            if not _is_number(line[key]):
+                raise ValueError(
+                    f"RUN={file}: line {number}: {key}={shown(line[key])} is no number; is it a metrics.jsonl?"
+                )
         lines.append(line)
     if not lines:
         raise NoLineYet(f"RUN={file}: holds no line yet; wait for the run's first log")
@@ -97,4 +110,8 @@ def smoothed(values: list[float], weight: float) -> list[float]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (not isinstance(value, int) or abs(value) < _LARGEST)
+    )

@@ -1,0 +1,54 @@
+"""Trains a diffusion checkpoint (or its AR control) with transformers' Trainer, alone or under DeepSpeed.
+
+    adapt train --config recipes/smollm2-135m/prefix.yaml
+    deepspeed --num_gpus 8 recipes/train.py --config recipes/smollm2-135m/prefix.yaml --training.learning_rate 2e-4
+
+The run is one list of packed rows (`data/packing.py`); a step reads the next global_batch_size of them. Its loss is divided once,
+by the tokens of that whole global batch, so the curve is the same for any split over ranks and accumulation steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..arguments import wait_for_rank_zero
+from ..files.model_folder import check_model_folder
+from ..files.user_text import check_user_file
+from .engine.ds_config import read_ds_config
+from .recipe import Recipe, parse_recipe
+
+_KINDS = (".json", ".jsonl", ".parquet", ".txt")
+
+
+def main(argv: list[str]) -> int:
+    """The `adapt train` command, and what `recipes/train.py` runs on every rank; after a signal 128 + its number."""
+    try:
+        recipe = parse_recipe(argv, __doc__)
+        check_names(recipe)
+    except ValueError:
+        wait_for_rank_zero()
+        raise
+    from .train import run  # here, because torch takes seconds, and what is refused above needs none
+
+    return run(recipe)
+
+
+def check_names(recipe: Recipe) -> None:
+    """ValueError for what a recipe names and what is not there."""
+    if recipe.model.base.endswith(".gguf"):
+        check_user_file(Path(recipe.model.base), "model.base", "a GGUF file, a model's folder or a Hub id")
+    else:
+        check_model_folder(recipe.model.base, "model.base")
+    _check_data("data.train", recipe.data.train)
+    if isinstance(recipe.data.eval, (str, list)):
+        _check_data("data.eval", recipe.data.eval)
+    if recipe.training.deepspeed is not None:
+        read_ds_config(recipe.training.deepspeed)
+
+
+def _check_data(setting: str, named: str | list[str]) -> None:
+    """What looks like a file is one; a dataset of the Hub passes."""
+    for name in [named] if isinstance(named, str) else named:
+        if name.removesuffix(".gz").lower().endswith(_KINDS) and not Path(name).is_file():
+            what = "is a folder" if Path(name).is_dir() else "no such file"
+            raise ValueError(f"{setting}={name}: {what}; give json, jsonl, parquet or txt, or a Hub dataset id")
