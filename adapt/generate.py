@@ -82,7 +82,7 @@ def _read(argv: list[str]) -> tuple[Any, SamplerConfig, list[str]]:
     parser.option("--trust_remote_code", type=bool, default=False, help="run Python files that come with the model")
     parser.option("--seed", type=Seed, default=0, help="for temperature above 0")
     parser.add_argument("--show", action="store_true", help="redraw the canvas after each round")
-    parser.add_class_arguments(SamplerConfig, "sampler")
+    parser.settings_of(SamplerConfig, "sampler")
     arguments = parser.parse_args(argv)
     sampler = parser.instantiate(arguments).sampler
     given = [name for name in ("prompt", "prompts", "infill") if arguments[name] is not None]

@@ -25,8 +25,9 @@ from .causal_lm import CausalLM
 from .checks import check_folder, check_settings, chosen_device, chosen_dtype
 from .lm import AdaptLM
 from .measure import provenance, speed
+from .measure.corpus import texts_of
 from .measure.hardware import hardware
-from .measure.likelihood import likelihood_row, texts_of
+from .measure.likelihood import likelihood_row
 from .measure.pareto import arm_points, sweep_point
 from .measure.quality import evaluate, find_tasks, quality_rows, quiet
 from .report.caveats import caveats

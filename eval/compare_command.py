@@ -15,11 +15,11 @@ from typing import Any
 from adapt.arguments import CommandParser
 from adapt.decoding.settings import SamplerConfig
 from adapt.files.outputs import claimed
-from adapt.files.user_text import check_user_file
 from adapt.settings.bounds import Device, MayBeEmpty, one_of
 from adapt.spec import DTYPE_NAMES
 
 from .checks import SETTINGS, check_folder, check_settings
+from .measure.corpus import texts_of
 from .report.page import refuse_existing
 
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         help="prompts as chats, by each tokenizer's template",
     )
     add("--batch_size", type=SETTINGS["batch_size"], default=8, help="rows per batch when scoring quality")
-    parser.add_class_arguments(SamplerConfig, "sampler")
+    parser.settings_of(SamplerConfig, "sampler")
     add("--sweep", type=MayBeEmpty, default="", help="more confidence thresholds for the quality-speed curve: 0.5,0.7")
     add("--mc_samples", type=SETTINGS["mc_samples"], default=32, help="Monte-Carlo samples per likelihood")
     add("--corpus", type=str | None, default=None, help="held-out text (.txt, .jsonl, .gz) for the likelihood section")
@@ -95,7 +95,7 @@ def _check(options: dict[str, Any]) -> None:
         if options[arm] is not None:
             check_folder(arm, options[arm])
     if options["corpus"] is not None:
-        check_user_file(Path(options["corpus"]), "corpus", "held-out text: .txt, .jsonl or .gz")
+        next(texts_of(options["corpus"]), None)  # refuses what cannot be read now, not after an hour
     if options["include_path"] is not None and not Path(options["include_path"]).is_dir():
         raise ValueError(
             f"include_path={options['include_path']}: no such folder; give the folder of your tasks' YAMLs"

@@ -254,7 +254,7 @@ def test_adapters_are_planned_without_a_warning() -> None:
             ["--model_config", "dropout/config.json", "--model.attn_implementation", "flex_attention"],
             "config.json has attention_dropout=0.1",
         ),
-        (["--benchmark", "recipe.yaml"], "not written by benchmarks/train.py"),
+        (["--benchmark", "recipe.yaml"], "give a report of benchmarks/train.py"),
         (["--benchmark", "nowhere.json"], "benchmark=nowhere.json: no such file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     )
     parser.option("--report", type=str | None, default=None, help="report.json of `adapt compare`, for the card")
     parser.option("--license", type=str | None, default=None, help="as the Hub spells it; default: the base's")
-    parser.add_class_arguments(SamplerConfig, "sampler")
+    parser.settings_of(SamplerConfig, "sampler")
     arguments = parser.instantiate(parser.parse_args(argv))
     check_settings(Path(arguments.out), arguments.format, arguments.dtype, arguments.max_shard_size)
     check_named_folders(arguments.checkpoint, arguments.adapter)

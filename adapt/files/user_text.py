@@ -163,6 +163,16 @@ _PlainLoader.yaml_implicit_resolvers = {
 _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
+def read_value(text: str) -> Any:
+    """What a command line's value says, as YAML; ValueError with what is wrong in it. What is no YAML at all is text."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except ComposerError as error:
+        raise ValueError(error.problem) from None
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
 class _PlainDumper(yaml.SafeDumper):
     """Quotes what either reader, this one or PyYAML's own, would take for something else than text."""
 

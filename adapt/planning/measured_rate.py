@@ -6,12 +6,13 @@ agree, and model and rows are of about the recipe's size. It is not scaled to an
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ..files.user_text import user_json
+from ..settings.bounds import Bounds, Tokens, check_settings
 from ..training.recipe import Recipe
 
 SAME_SIZE = 1.1
@@ -26,15 +27,18 @@ _PLAIN = "AR by transformers.Trainer"
 class Measured:
     """One arm of a report on one model and one workload."""
 
-    clean_tokens_per_s: float
+    clean_tokens_per_s: Annotated[float, Bounds(0, 1e12, low_is_open=True)]
     """of one process, the median over rounds"""
     work: str
-    parameters: int
-    row: int
+    parameters: Annotated[int, Bounds(1, 10**15)]
+    row: Tokens
     """tokens of a packed row, all copies counted"""
-    shortest: int
-    longest: int
+    shortest: Tokens
+    longest: Tokens
     """tokens of a document"""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "")
 
     def __str__(self) -> str:
         return f"{self.work} at {self.parameters / 1e6:.0f}M on rows of {self.row}"
@@ -104,7 +108,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _read(path: Path) -> tuple[list[Measured], bool, str]:
     """(the rates, whether on a GPU, the hardware and the day)."""
     try:
-        report = json.loads(path.read_text())
+        report = user_json(path, "benchmark", "a report of benchmarks/train.py")
         about = report["provenance"]
         rates = []
         for result in report["results"]:
@@ -118,6 +122,8 @@ def _read(path: Path) -> tuple[list[Measured], bool, str]:
         on = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"
         return rates, about["gpu"] is not None, f"{on}, {about['date'][:10]}"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if str(error).startswith("benchmark="):
+            raise
         raise ValueError(
             f"benchmark={path}: not written by benchmarks/train.py ({type(error).__name__}: {error})"
         ) from error

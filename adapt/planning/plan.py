@@ -71,7 +71,7 @@ def _read(argv: list[str]) -> tuple[Any, Recipe]:
     parser.option("--model_config", type=Path | None, default=None, help="config.json, if model.base is not at hand")
     parser.option("--device", type=str, default="cuda", help="cuda or cpu")
     parser.option("--json", type=bool, default=False, help="print JSON instead")
-    parser.add_class_arguments(Recipe, as_group=False)
+    parser.settings_of(Recipe)
     given = parser.parse_args(argv)
     made = parser.instantiate(given)
     _check(given)

@@ -113,7 +113,7 @@ def without_bounds(hint: Any) -> Any:
 
 @functools.cache
 def hints(options: type) -> dict[str, Any]:
-    """{field: its type with bounds} of a dataclass."""
+    """{field: its type with bounds} of a dataclass, in their order."""
     found = get_type_hints(options, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(options)}
 

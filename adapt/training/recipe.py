@@ -164,7 +164,7 @@ def _parser(description: str | None) -> CommandParser:
     parser.option(
         "--local_rank", type=Annotated[int, Bounds(-1, 2**16)], default=-1, help="set by the deepspeed launcher"
     )
-    parser.add_class_arguments(Recipe, as_group=False)
+    parser.settings_of(Recipe)
     return parser
 
 

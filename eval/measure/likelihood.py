@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +13,9 @@ from adapt.decoding.likelihood import nelbo
 from adapt.progress import doing
 from adapt.tokens import text_ids
 
+from .corpus import texts_of
+
 _CHUNK = 8
-
-
-def texts_of(corpus: str | Path) -> Iterator[str]:
-    """The texts of a .txt file (one) or of a .jsonl file's `text` fields; .gz of either."""
-    path = Path(corpus)
-    if not path.is_file():
-        raise ValueError(f"corpus={corpus}: no such file; give a .txt or .jsonl file (or .gz of one)")
-    kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-    if kind not in (".jsonl", ".txt"):
-        raise ValueError(f"corpus={corpus}: give a .txt or .jsonl file (or .gz of one)")
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8") as lines:
-        if kind == ".txt":
-            yield lines.read()
-            return
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)["text"]
-            except (KeyError, TypeError, json.JSONDecodeError):
-                raise ValueError(f"corpus={corpus}: line {number} is not a JSON object with a `text`") from None
 
 
 def windows_of(corpus: str | Path, tokenizer: Any, *, seq_len: int, max_tokens: int) -> list[list[int]]:

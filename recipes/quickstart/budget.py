@@ -13,7 +13,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from adapt.settings.bounds import Bounds, Items, Minutes, check_settings
 
 from .arms import Outcome
 
@@ -46,19 +48,22 @@ _AROUND_COMPARISON = 30.0  # seconds: converting, loading three arms
 class Plan:
     """What a quickstart does, and what it is based on. Kept in quickstart.json, so that a second start goes on with it."""
 
-    num_train: int
-    minutes: float | None = None
+    num_train: Items
+    minutes: Minutes | None = None
     """that everything may take; None = as long as it takes"""
     precision: str | None = None
-    positions_per_s: float = 0.0
+    positions_per_s: Annotated[float, Bounds(0, 1e12)] = 0.0
     """of training, as measured before it began"""
-    control_minutes: float | None = None
+    control_minutes: Minutes | None = None
     """of training alone, at most"""
-    adapted_minutes: float | None = None
+    adapted_minutes: Minutes | None = None
     """the same; known when the control is there"""
-    num_items: int | None = None
+    num_items: Items | None = None
     """of the comparison; known when the adapted arm is there"""
-    speed_rounds: int = _SPEED_ROUNDS
+    speed_rounds: Annotated[int, Bounds(0, 10**6)] = _SPEED_ROUNDS
+
+    def __post_init__(self) -> None:
+        check_settings(self, "plan")
 
     def rows_per_step(self, arm: str) -> int:
         """Packed rows in a step: those of the recipe, fewer where there would be too few steps."""

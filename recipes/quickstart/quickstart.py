@@ -24,6 +24,7 @@ from adapt.arguments import CommandParser
 from adapt.decoding.settings import SamplerConfig
 from adapt.files import marks
 from adapt.files.outputs import check_folder, locked
+from adapt.files.user_text import user_json
 from adapt.settings.bounds import Minutes, Seed
 
 from . import budget
@@ -135,13 +136,17 @@ def _kept_plan(out: Path, settings: dict) -> Plan | None:
     if not (out / _PLAN).is_file():
         marks.write(out, _PLAN, json.dumps(settings) + "\n")
         return None
-    found = json.loads((out / _PLAN).read_text())
+    wanted = "what a quickstart wrote there, add --fresh, or choose another --out"
+    found = user_json(out / _PLAN, "out", wanted)
     plan = found.pop("plan", None)
     if found != settings:
         raise ValueError(
             f"out={out}: holds a quickstart with {found}, not {settings}; add --fresh, or choose another --out"
         )
-    return None if plan is None else Plan(**plan)
+    try:
+        return None if plan is None else Plan(**plan)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"out={out / _PLAN}: is not what a quickstart wrote ({error}); give {wanted}") from None
 
 
 def _keep(out: Path, settings: dict, plan: Plan) -> None:

@@ -200,5 +200,5 @@ def _say(line: str) -> None:
 
 def _defaults() -> dict[str, object]:
     """Every setting that has a default, by its dotted name."""
-    training = TrainingConfig(output_dir="", num_steps=1)
-    return flat(asdict(Recipe(ModelConfig(base=""), DataConfig(train="-"), training)))
+    training = TrainingConfig(output_dir="-", num_steps=1)
+    return flat(asdict(Recipe(ModelConfig(base="-"), DataConfig(train="-"), training)))

@@ -25,6 +25,7 @@ The keys of metrics.jsonl. Means are over all tokens of all ranks since the last
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -131,17 +132,25 @@ class MetricsFile(TrainerCallback):
 def drop_lines_after(path: Path, step: int) -> list[dict]:
     """The lines (JSON objects with a step) of a run's file up to that step, to which it is cut; the folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = [line for line in lines if _step(line) <= step]
     write_whole(path, "".join(f"{line}\n" for line in kept))
     return [json.loads(line) for line in kept]
 
 
+def last_step(path: Path) -> int | None:
+    """Of the last whole line of a run's file; None where there is none."""
+    steps = [_step(line) for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+    return next((int(step) for step in reversed(steps) if math.isfinite(step)), None)
+
+
 def _step(line: str) -> float:
+    """inf where the line is not a run's: a kill may have cut the last one short, or somebody's editor another."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a kill may have cut the last line short
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return math.inf
+    return step if isinstance(step, int) and 0 <= step < 2**53 else math.inf
 
 
 def _peak_memory_bytes() -> int:
