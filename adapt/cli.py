@@ -76,7 +76,7 @@ _EXTRA_OF_MODULE = {
 
 # What libraries raise for a user's file and derive from neither ValueError nor OSError; by name, so that neither is
 # imported here.
-_USER_ERROR_NAMES = {"SafetensorError", "YAMLError"}
+_USER_ERROR_NAMES = {"HTTPError", "SafetensorError", "YAMLError"}  # httpx, which huggingface_hub asks with, has its own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,7 +173,11 @@ def _one_line(error: Exception) -> str | None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or any(c.__name__ in _USER_ERROR_NAMES for c in type(error).__mro__):
         return " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if (
+        isinstance(error, MemoryError)
+        or "can't allocate memory" in str(error)
+        or type(error).__name__ == "OutOfMemoryError"
+    ):
         reason = " ".join(str(error).split())[:200]
         return f"out of memory{f' ({reason})' if reason else ''}; take smaller batches or shorter texts, `adapt plan` counts for a run"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from adapt.decoding.settings import SamplerConfig
 from adapt.files.user_text import user_json, user_text, user_yaml, yaml_text
 from adapt.settings.bounds import Bounds, Device, MayBeEmpty, Rows, Seed, check_value, hints, undeclared
 from adapt.spec import DiffusionSpec
+from adapt.training.command import _names_of
 from adapt.training.model_section import LoraConfig, ModelConfig
 from adapt.training.recipe import Recipe, parse_recipe
 from adapt.training.sections import DataConfig, NoiseConfig, ObjectiveConfig, TrainingConfig
@@ -423,6 +425,12 @@ for argv in json.loads(sys.argv[1]):
     heavy = {"torch", "transformers", "datasets", "accelerate"} & set(sys.modules)
     assert not heavy, (argv, heavy)
 """
+
+
+@pytest.mark.parametrize("file, enum", [("trainer_utils", "SchedulerType"), ("training_args", "OptimizerNames")])
+def test_names_that_transformers_knows_are_read_without_importing_it(file: str, enum: str) -> None:
+    known = getattr(importlib.import_module(f"transformers.{file}"), enum)
+    assert _names_of(f"{file}.py", enum) == sorted({name.value for name in known})
 
 
 def test_help_and_a_refusal_of_every_verb_come_before_torch_is_imported(tmp_path: Path) -> None:

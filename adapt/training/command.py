@@ -9,11 +9,14 @@ by the tokens of that whole global batch, so the curve is the same for any split
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 
 from ..arguments import wait_for_rank_zero
 from ..files.model_folder import check_model_folder
 from ..files.user_text import check_user_file
+from ..settings.bounds import one_of
 from .engine.ds_config import read_ds_config
 from .recipe import Recipe, parse_recipe
 
@@ -39,11 +42,27 @@ def check_names(recipe: Recipe) -> None:
         check_user_file(Path(recipe.model.base), "model.base", "a GGUF file, a model's folder or a Hub id")
     else:
         check_model_folder(recipe.model.base, "model.base")
+    for setting, name, file, enum in (
+        ("lr_scheduler", recipe.training.lr_scheduler, "trainer_utils.py", "SchedulerType"),
+        ("optimizer", recipe.training.optimizer, "training_args.py", "OptimizerNames"),
+    ):
+        if known := _names_of(file, enum):
+            one_of(f"training.{setting}", name, known)
     _check_data("data.train", recipe.data.train)
     if isinstance(recipe.data.eval, (str, list)):
         _check_data("data.eval", recipe.data.eval)
     if recipe.training.deepspeed is not None:
         read_ds_config(recipe.training.deepspeed)
+
+
+def _names_of(file: str, enum: str) -> list[str]:
+    """What an enumeration of transformers holds, read from its source: importing it brings torch. Empty where it has moved."""
+    package = importlib.util.find_spec("transformers")
+    source = Path(package.origin).with_name(file) if package and package.origin else None
+    if source is None or not source.is_file():
+        return []  # the run itself asks transformers again
+    body = re.search(rf"^class {enum}\(.*?(?=^\S)", source.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return sorted(set(re.findall(r"^    [A-Z]\w* = \"(\w+)\"", body[0], re.MULTILINE))) if body else []
 
 
 def _check_data(setting: str, named: str | list[str]) -> None:

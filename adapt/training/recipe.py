@@ -176,6 +176,8 @@ def parse_recipe(argv: list[str], description: str | None = None) -> Recipe:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("adapt train: error: name the file that the recipe is written to")
     try:
         parse_recipe(sys.argv[2:]).save(Path(sys.argv[1]))
     except ValueError as refused:
