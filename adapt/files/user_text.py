@@ -153,6 +153,13 @@ class _PlainLoader(yaml.SafeLoader):
             lines[name] = line
         return node
 
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        try:  # JSON, which is YAML, writes a sign beyond the first 65,536 as two halves
+            return value.encode("utf-16", "surrogatepass").decode("utf-16") if isinstance(value, str) else value
+        except UnicodeDecodeError:
+            return value  # a half alone; what reads the setting says so
+
 
 # YAML 1.1 wants a dot and a signed exponent in a number, which nobody types, and reads 2026-11-24 as no text.
 _FLOAT = r"[-+]?(\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
@@ -184,7 +191,7 @@ _PlainDumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT)
 
 def yaml_text(content: Any) -> str:
     """YAML that `user_yaml` reads as the same."""
-    return yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(content, Dumper=_PlainDumper, sort_keys=False)
 
 
 def overgrown(text: str) -> bool:

@@ -113,8 +113,10 @@ def without_bounds(hint: Any) -> Any:
 
 @functools.cache
 def hints(options: type) -> dict[str, Any]:
-    """{field: its type with bounds} of a dataclass, in their order."""
+    """{field: its type with bounds} of a dataclass, in their order; AssertionError for a number that has none."""
     found = get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        assert not undeclared(found[field.name]), f"{options.__name__}.{field.name}: a number needs bounds"
     return {field.name: found[field.name] for field in dataclasses.fields(options)}
 
 

@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
     """The `adapt train` command, and what `recipes/train.py` runs on every rank; after a signal 128 + its number."""
     try:
         recipe = parse_recipe(argv, __doc__)
-        check_names(recipe)
+        if not (Path(recipe.training.output_dir) / "model").exists():  # a run that is finished reads nothing more
+            check_names(recipe)
     except ValueError:
         wait_for_rank_zero()
         raise
