@@ -36,7 +36,8 @@ class CommandParser(ArgumentParser):
         self._hints: dict[str, Any] = {}
         self._options: list[str] = []
         self._argv: list[str] = []
-        super().__init__(*args, formatter_class=_Formatter, allow_abbrev=False, print_config=None, **kwargs)
+        ours = {"formatter_class": _Formatter, "allow_abbrev": False, "print_config": None}
+        super().__init__(*args, **ours | kwargs)
 
     def option(self, *names: str, type: Any, **settings: Any) -> None:
         """`add_argument` whose value is held to the bounds of its type; a number without bounds is an AssertionError."""
