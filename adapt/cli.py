@@ -108,7 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _complain(f"adapt {verb}", _one_line(error) or bug_report.written(error, [verb, *rest]), code=1)
+        try:
+            line = _one_line(error)
+        except Exception:  # even its words fail
+            line = None
+        return _complain(f"adapt {verb}", line or bug_report.written(error, [verb, *rest]), code=1)
 
 
 def _run(verb: str, args: list[str]) -> int | None:
@@ -173,13 +177,6 @@ def _one_line(error: Exception) -> str | None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or any(c.__name__ in _USER_ERROR_NAMES for c in type(error).__mro__):
         return " ".join(str(error).split()) or type(error).__name__
-    if (
-        isinstance(error, MemoryError)
-        or "can't allocate memory" in str(error)
-        or type(error).__name__ == "OutOfMemoryError"
-    ):
-        reason = " ".join(str(error).split())[:200]
-        return f"out of memory{f' ({reason})' if reason else ''}; take smaller batches or shorter texts, `adapt plan` counts for a run"
     return None
 
 

@@ -79,9 +79,9 @@ class AdaptLM(TemplateLM):
         the sampler, one by one, before those of `sampler`."""
         super().__init__()
         given = {
-            "adapter": adapter, "device": device, "attn_implementation": attn_implementation,
-            "batch_size": batch_size, "max_length": max_length, "max_new_tokens": max_new_tokens, "mc_samples": mc_samples,
-            "seed": seed, "greedy": greedy, "progress": progress, "chat_template_args": chat_template_args,
+            "adapter": adapter, "device": device, "attn_implementation": attn_implementation, "batch_size": batch_size,
+            "max_length": max_length, "max_new_tokens": max_new_tokens, "mc_samples": mc_samples, "seed": seed,
+            "greedy": greedy, "progress": progress, "chat_template_args": chat_template_args,
         }  # fmt: skip
         check_model_args(given | settings)
         self.lm = (
@@ -93,8 +93,7 @@ class AdaptLM(TemplateLM):
         self.tokenizer = self.lm.tokenizer
         self.batch_size = int(batch_size)
         self.max_new_tokens, self.mc_samples, self.seed, self.greedy = max_new_tokens, mc_samples, seed, greedy
-        self.chat_template_args = chat_template_args or {}
-        self.progress = progress
+        self.chat_template_args, self.progress = chat_template_args or {}, progress
         check_max_length(self.lm, max_length)
         self._max_length = max_length
         self._device = self.lm.device

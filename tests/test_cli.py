@@ -155,7 +155,7 @@ def test_the_issue_tracker_is_named_once_the_package_names_one(
 
 def test_too_little_memory_is_no_bug(verbs: None, capsys) -> None:
     assert cli.main(["greedy"]) == 1
-    assert capsys.readouterr().err.startswith("adapt greedy: error: out of memory; take smaller batches")
+    assert capsys.readouterr().err.startswith("adapt greedy: error: too little memory")
 
 
 @pytest.mark.parametrize("argv", [["--debug", "setting"], ["setting", "--debug"], ["setting", "a", "--debug", "b"]])

@@ -11,7 +11,6 @@ from typing import Any
 from yaml import YAMLError
 
 from .json_file import read_json
-from .model_config import without_code
 
 _UNTRAINED = "UNTRAINED"
 _ADAPTER = "adapter_config.json"
@@ -108,6 +107,8 @@ def licence_named(folder: Path) -> str | None:
 
 def copy_json(source: Path, out: Path, what: str) -> None:
     """Copies a config file without what names Python files; ValueError, of `what`, where it is no JSON, or a link to somewhere else."""
+    from .model_config import without_code  # brings torch, and the rest here is quick
+
     check_files(source.parent, what)
     content = without_code(read_json(source, what))
     (out / source.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
