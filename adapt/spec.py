@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from .settings.bounds import Bounds, MayBeEmpty, Share, check_settings, one_of, shown
+from .settings.bounds import Bounds, MayBeEmpty, Share, check_settings, one_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,7 +66,7 @@ class DiffusionSpec:
             )
         if not isinstance(section, dict):
             raise ValueError(
-                f"checkpoint={folder}: its `diffusion` section is {shown(section)}, not an object; convert again"
+                f"checkpoint={folder}: its `diffusion` section is {section!r:.60}, not an object; convert again"
             )
         unknown = sorted(set(section) - {field.name for field in dataclasses.fields(DiffusionSpec)})
         if unknown:
