@@ -49,7 +49,7 @@ NUMBERS = {  # of each verb: the setting, and the nearest values that it does no
               "model.lora.alpha": ("0", "65537"), "model.lora.dropout": ("-1", "1"), "model.block_size": ("0", "16777217")},
     "plan": {"gpus": ("0", "65537"), "gpu_memory": ("0", "1e7"), "reserve": ("-0.1", "1"), "tokens_per_s": ("0", "1e13"),
              "train_tokens": ("0", "1e19")},
-    "doctor": {"ranks": ("0", "1025"), "timeout": ("0", "86401")},
+    "doctor": {"ranks": ("0", "257"), "timeout": ("0", "86401")},
     "quickstart": {"minutes": ("0", "1e8"), "seed": ("-1", "4294967296")},
     "plot": {"smooth": ("-0.1", "1")},
 }  # fmt: skip
