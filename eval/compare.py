@@ -16,7 +16,6 @@ import torch
 
 import adapt
 from adapt.files import loading
-from adapt.files.outputs import claimed
 from adapt.files.provenance import git_revision
 from adapt.progress import doing, say
 

@@ -23,7 +23,7 @@ from ..files.adapters import base_and_adapter, merge_folder
 from ..files.finite import check_folder_finite
 from ..files.loading import config_of, model_of, skeleton
 from ..files.model_folder import check_model_folder, copy_extras
-from ..files.outputs import check_new_folder, scratch_beside
+from ..files.outputs import scratch_beside
 from ..files.safetensors_folder import read_shards
 from ..files.staging import check_space, publish
 from ..lm import spec_and_tokenizer

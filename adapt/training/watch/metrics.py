@@ -138,12 +138,6 @@ def drop_lines_after(path: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in kept]
 
 
-def last_step(path: Path) -> int | None:
-    """Of the last whole line of a run's file; None where there is none."""
-    steps = [_step(line) for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
-    return next((int(step) for step in reversed(steps) if math.isfinite(step)), None)
-
-
 def _step(line: str) -> float:
     """inf where the line is not a run's: a kill may have cut the last one short, or somebody's editor another."""
     try:
