@@ -180,18 +180,20 @@ def test_the_hubs_cache_of_links_is_read(yard: Path) -> None:
     assert run(yard, ["export", snapshot, "out"]).code == 0
 
 
-@pytest.mark.parametrize("to", [2**40, 0, -1, math.nan, "8", None, [8], True, 1000])
-@pytest.mark.parametrize("key", ["r", "rank_pattern"])
-def test_an_adapter_of_an_absurd_rank_is_refused(yard: Path, key: str, to: Any) -> None:
+@pytest.fixture(scope="module")
+def adapter(whole_yard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of checkpoint/, as a run leaves it."""
+    folder = shutil.copytree(whole_yard, tmp_path_factory.mktemp("adapter") / "yard")
+    assert run(folder, CALLS["train with lora"][1]).code == 0
+    return folder / "run" / "adapter"
 
-    if not (yard / "run").exists():
-        assert run(yard, CALLS["train with lora"][1]).code == 0
-    change = {"r": to} if key == "r" else {"rank_pattern": {"q_proj": to}}
-    if change == {"rank_pattern": {"q_proj": None}}:
-        return
-    for name, value in change.items():
-        edited("adapter_config.json", name, to=value)(yard / "run" / "adapter")
-    attack(yard, ["generate", "checkpoint", "--prompt", "cat", "--adapter", "run/adapter"], "run/adapter")
+
+@pytest.mark.parametrize("to", [2**40, 0, -1, math.nan, "8", [8], True, 1000])
+@pytest.mark.parametrize("key", ["r", "rank_pattern"])
+def test_an_adapter_of_an_absurd_rank_is_refused(yard: Path, adapter: Path, key: str, to: Any) -> None:
+    shutil.copytree(adapter, yard / "adapter")
+    edited("adapter_config.json", key, to=to if key == "r" else {"q_proj": to})(yard / "adapter")
+    attack(yard, ["generate", "checkpoint", "--prompt", "cat", "--adapter", "adapter"], "adapter=adapter")
 
 
 # -- fuzzing ----------------------------------------------------------------------------------------------------------
