@@ -86,10 +86,8 @@ def test_merging_by_file_loads_no_model_and_is_merging_as_a_whole(
     adapter = train_adapter(base, tmp_path / "adapter", **options)
     whole = adapters.merged(AutoModelForCausalLM.from_pretrained(base), adapter).state_dict()
     loads = []
-    load = adapters.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        adapters.AutoModelForCausalLM, "from_pretrained", lambda *a, **b: loads.append(a) or load(*a, **b)
-    )
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **b: loads.append(a) or load(*a, **b))
     folder = adapters.merge_folder(base, adapter, tmp_path / "out")
     assert bool(loads) is not by_file
     found = load(folder).state_dict()
