@@ -186,7 +186,7 @@ def test_adapters_that_do_not_fit_are_one_line_and_nothing_is_written(base_folde
         (llama, _edited(lora, tmp_path / "kind", peft_type="NO_SUCH"), "does not fit this LlamaForCausalLM"),
         (llama, pickled, "pickled weights are not read"),
         (llama, broken, "adapter_config.json is not valid JSON"),
-        (llama, cut, "does not fit this LlamaForCausalLM"),
+        (llama, cut, "is not a safetensors file"),
         (llama, soft, "no weights to merge"),
         (llama, train_adapter(llama, tmp_path / "bias", lora_bias=True), "does not fit .*Impossible to merge"),
         (llama, llama, "not a PEFT folder"),

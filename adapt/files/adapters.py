@@ -210,7 +210,7 @@ def merge_folder(source: Path, adapter: Path, out: Path, *, trust_remote_code: b
     """
     shards = read_shards(source)
     out.mkdir()
-    trusted = {"trust_remote_code": trust_remote_code}
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     what = f"base={source}"
     config = config_of(source, what, **trusted)
     changes = _changes(config, adapter, {name for shard in shards.values() for name in shard.tensors}, **trusted)

@@ -121,7 +121,7 @@ def _train(
     what = f"model.base={recipe.model.base}"
     config, tokenizer = config_of(folder, what), tokenizer_of(folder, what)
     check_it_can_be_saved(tokenizer, recipe.model.base)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max(getattr(config, "max_position_embeddings", None) or 0, 0) or None
     spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(config, folder)
     if recipe.data.canvas_start == "anywhere" and spec.attention == "bidirectional":
         raise ValueError(

@@ -40,7 +40,7 @@ SIZES: dict[str, tuple[Callable[[Path], None], str]] = {
         "vocab_size": (10**10, 0, math.inf),
         "num_attention_heads": (0, 10**7, -4),
         "intermediate_size": (10**12, -3),
-        "max_position_embeddings": (2**50, 0, -1, math.nan),
+        "max_position_embeddings": (2**50, 0, -2, math.nan),
         "num_key_value_heads": (10**8,),
     }.items()
     for to in values
