@@ -113,23 +113,23 @@ def test_a_config_that_no_model_has_is_refused(yard: Path, call: str, name: str)
     attack(yard, argv, says, may_write=["run"])
 
 
-@pytest.mark.parametrize("name", SECTIONS)
-@pytest.mark.parametrize("call", QUICK)
+# Plan has no embedding that tells how many tokens there are.
+OF_SECTIONS = [(call, name) for call in QUICK for name in SECTIONS if not (call.startswith("plan") and "10000" in name)]
+
+
+@pytest.mark.parametrize("call, name", OF_SECTIONS)
 def test_a_diffusion_section_of_other_types_is_refused(yard: Path, call: str, name: str) -> None:
     change, says = SECTIONS[name]
     change(yard / "checkpoint")
-    if call.startswith("plan") and name == "mask=1000000000":
-        return  # whose embedding is not there to tell
     attack(yard, CALLS[call][1], says, may_write=["run"])
 
 
-@pytest.mark.parametrize("call", QUICK)
+@pytest.mark.parametrize("call", QUICK[1:])  # plan reads no weights to hold them against
 def test_no_memory_is_taken_for_sizes_that_no_model_has(yard: Path, call: str) -> None:
     edited(CONFIG, "num_hidden_layers", to=100)(yard / "checkpoint")
     edited(CONFIG, "intermediate_size", to=2**27)(yard / "checkpoint")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if not call.startswith("plan"):
-        attack(yard, CALLS[call][1], "config.json", may_write=["run"])
+    attack(yard, CALLS[call][1], "config.json", may_write=["run"])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10  # KiB
 
 
@@ -247,7 +247,7 @@ def test_a_fuzzed_diffusion_section_is_a_spec_or_one_line(section: dict[str, Any
 
 
 def test_there_are_two_hundred_rows_and_more() -> None:
-    assert len(ROWS) + len(SECTIONS) * len(QUICK) > 200
+    assert len(ROWS) + len(OF_SECTIONS) > 200
 
 
 @pytest.mark.parametrize("objective", ["nelbo", "ar"])
