@@ -86,10 +86,8 @@ def test_merging_by_file_loads_no_model_and_is_merging_as_a_whole(
     adapter = train_adapter(base, tmp_path / "adapter", **options)
     whole = adapters.merged(AutoModelForCausalLM.from_pretrained(base), adapter).state_dict()
     loads = []
-    load = adapters.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        adapters.AutoModelForCausalLM, "from_pretrained", lambda *a, **b: loads.append(a) or load(*a, **b)
-    )
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **b: loads.append(a) or load(*a, **b))
     folder = adapters.merge_folder(base, adapter, tmp_path / "out")
     assert bool(loads) is not by_file
     found = load(folder).state_dict()
@@ -187,8 +185,8 @@ def test_adapters_that_do_not_fit_are_one_line_and_nothing_is_written(base_folde
         (llama, _edited(lora, tmp_path / "modules", target_modules=["nothing"]), "does not fit this LlamaForCausalLM"),
         (llama, _edited(lora, tmp_path / "kind", peft_type="NO_SUCH"), "does not fit this LlamaForCausalLM"),
         (llama, pickled, "pickled weights are not read"),
-        (llama, broken, "not the JSON of an adapter"),
-        (llama, cut, "does not fit this LlamaForCausalLM"),
+        (llama, broken, "adapter_config.json is not valid JSON"),
+        (llama, cut, "is not a safetensors file"),
         (llama, soft, "no weights to merge"),
         (llama, train_adapter(llama, tmp_path / "bias", lora_bias=True), "does not fit .*Impossible to merge"),
         (llama, llama, "not a PEFT folder"),

@@ -210,7 +210,7 @@ def merge_folder(source: Path, adapter: Path, out: Path, *, trust_remote_code: b
     """
     shards = read_shards(source)
     out.mkdir()
-    trusted = {"trust_remote_code": trust_remote_code}
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     what = f"base={source}"
     config = config_of(source, what, **trusted)
     changes = _changes(config, adapter, {name for shard in shards.values() for name in shard.tensors}, **trusted)
@@ -222,8 +222,8 @@ def merge_folder(source: Path, adapter: Path, out: Path, *, trust_remote_code: b
     else:
         merged(model_of(source, what, dtype="auto", **trusted), adapter).save_pretrained(out, max_shard_size=_SHARD)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = tokenizer_of(adapter, f"adapter={adapter}") if has_tokenizer else tokenizer_of(source, what, **trusted)
-    tokenizer.save_pretrained(out)
+    home, whose = (adapter, f"adapter={adapter}") if has_tokenizer else (source, what)
+    tokenizer_of(home, whose, **trusted).save_pretrained(out)
     copy_extras(source, out, **trusted)
     return out
 

@@ -28,6 +28,7 @@ _COUNTS = re.compile(r"heads?$|experts?$|^n_head|groups?$")
 _SIZES = re.compile(r"size|dim$|_dim_|rank|embd|inner|positions|position_embeddings|vocab|window|length|channels|width")
 _MOST_LAYERS, _MOST, _LARGEST = 1 << 10, 1 << 16, 1 << 28  # a layer is modules, which take a millisecond each to make
 _AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_NO_POSITIONS = {"max_position_embeddings": -1}  # XLNet's word for any number of them
 _KERNELS = ("attn_implementation", "experts_implementation", "kernel_config")
 
 
@@ -56,7 +57,7 @@ def check_model_config(
     _check_kernels(raw, what)
     check_sizes(raw, f"{what}: config.json")
     for name in _AT_LEAST_ONE:
-        if isinstance(value := raw.get(name), int | float) and value < 1:
+        if isinstance(value := raw.get(name), int | float) and value < 1 and value != _NO_POSITIONS.get(name):
             raise ValueError(f"{what}: config.json says {name}={value}; must be a whole number of at least 1; mend it")
 
 
@@ -109,7 +110,9 @@ def check_made(config: PretrainedConfig, what: str) -> None:
     """ValueError for a config that was made of a file, and says zero or no number where every model has one."""
     for name in _AT_LEAST_ONE:
         value = getattr(config, name, None)
-        if value is not None and not isinstance(value, list) and (type(value) is not int or value < 1):
+        if value is None or isinstance(value, list) or value == _NO_POSITIONS.get(name):
+            continue
+        if type(value) is not int or value < 1:
             raise ValueError(
                 f"{what}: config.json says {name}={value!r}; must be a whole number of at least 1; mend it"
             )

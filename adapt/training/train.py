@@ -41,7 +41,7 @@ from .checkpoints.seal import gathered
 from .data.examples import load_examples
 from .data.files import check_unchanged, stamps
 from .data.held_out import Rows, held_out_rows, load_split
-from .data.run_rows import check_curriculum, packed_rows, summary, whole_copies
+from .data.run_rows import check_curriculum, check_positions, packed_rows, summary, whole_copies
 from .data.views import Canvases
 from .engine.arguments import check_schedule, training_arguments, whole_weights
 from .interruption import Interrupted, failures_name_the_checkpoint
@@ -120,6 +120,7 @@ def _train(
     what = f"model.base={recipe.model.base}"
     config, tokenizer = config_of(folder, what), tokenizer_of(folder, what)
     check_it_can_be_saved(tokenizer, recipe.model.base)
+    positions = max(getattr(config, "max_position_embeddings", None) or 0, 0) or None
     spec = _CAUSAL if recipe.objective.name == "ar" else DiffusionSpec.of(config, folder)
     if recipe.data.canvas_start == "anywhere" and spec.attention == "bidirectional":
         raise ValueError(
@@ -150,6 +151,7 @@ def _train(
             held_out = held_out_rows(recipe, canvases, tokenizer, rows.held_out, is_main)
     with progress.doing("packing rows"):
         examples = whole_copies(recipe, canvases, examples, is_main)
+        check_positions(recipe, examples, positions)
         dataset, longest_canvas = packed_rows(recipe, canvases, examples)
     if is_main and canvases.is_ar and (ignored := ignored_by_ar(recipe)):
         progress.say(f"objective.name=ar: draws no noise, so it ignores {', '.join(ignored)}")
@@ -161,7 +163,6 @@ def _train(
     resharding = read_on_any_ranks(checkpoint, args)
     sampled = None
     if recipe.training.sample_steps:
-        positions = getattr(config, "max_position_embeddings", None)
         sampled = sample_prompt(recipe, tokenizer, examples, positions or sys.maxsize)
     # 4. The loop.
     with progress.doing("loading the weights"):

@@ -38,6 +38,16 @@ def packed_rows(recipe: Recipe, canvases: Canvases, examples: Dataset) -> tuple[
     return rows, longest_canvas
 
 
+def check_positions(recipe: Recipe, examples: Dataset, positions: int | None) -> None:
+    """ValueError for an example with tokens at positions that the model does not have (None: it does not say how many it has)."""
+    longest = int((lengths(examples, "context") + lengths(examples, "target")).max(initial=0))
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"data.seq_len={recipe.data.seq_len}: an example takes {longest} positions, and model.base={recipe.model.base} has "
+            f"{positions}; set data.seq_len={positions} (with data.too_long=drop where prompts are longer), or choose another base"
+        )
+
+
 def check_curriculum(recipe: Recipe, num_steps: int) -> None:
     """ValueError if attention would not have reached, by the end, what the checkpoint says of it."""
     objective = recipe.objective
