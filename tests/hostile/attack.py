@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -63,12 +64,13 @@ def run(folder: Path, argv: Sequence[object], *, stdin: str = "") -> Answer:
     before, said = contents(folder), io.StringIO()
     with _in(folder), _alarm(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         ours, sys.stdin = sys.stdin, io.StringIO(stdin)
+        logging.raiseExceptions = False  # lm-eval's handler writes to the stderr of the call before
         try:
             code = cli.main([str(argument) for argument in argv])
         except SystemExit as exited:  # usage errors
             code = int(exited.code or 0)
         finally:
-            sys.stdin = ours
+            sys.stdin, logging.raiseExceptions = ours, True
     lines = [line for line in said.getvalue().splitlines() if line.strip()]
     assert not any("Traceback" in line for line in lines), said.getvalue()
     assert sum("error:" in line for line in lines) <= 1, lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,17 @@ import yaml
 from training_fixtures import write_base, write_pairs
 
 from adapt.conversion.convert import convert
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tasks_of_the_yard_alone():
+    """lm-eval reads its own thousands of tasks anew for each call, in 5 s."""
+    from lm_eval.tasks import TaskManager
+
+    every = TaskManager.__init__
+    TaskManager.__init__ = functools.partialmethod(every, include_defaults=False)  # pyright: ignore[reportAttributeAccessIssue]
+    yield
+    TaskManager.__init__ = every
 
 
 @pytest.fixture(scope="session")
