@@ -54,8 +54,8 @@ class CommandParser(ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *rest, **kwargs) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The arguments; ValueError for a value out of its bounds, exit with 2 for what cannot be read at all."""
         self._argv = list(sys.argv[1:] if args is None else args)
-        for argument, reason in lone_texts(self._argv):
-            self.error(f"{shown(argument)}: {reason}")
+        for problem in lone_texts(self._argv):
+            self.error(problem)
         for argument in self._argv:
             if len(argument) > _LONG and overgrown(argument):
                 self.error(f"{shown(argument)}: is nested too deeply; write it flat, or into a file")

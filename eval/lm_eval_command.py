@@ -25,7 +25,7 @@ from adapt.files.model_folder import check_named_folders
 from adapt.files.outputs import check_file, check_folder, kept_if_it_fails
 from adapt.files.provenance import first_change, model_files
 from adapt.files.staging import write_whole
-from adapt.settings.bounds import Bounds, check_value, lone_texts, shown
+from adapt.settings.bounds import Bounds, check_value, lone_texts
 
 from .checks import Shots
 from .model_args import check_model_args, model_args_help
@@ -81,8 +81,8 @@ def _run(argv: list[str]) -> None:
 
 
 def _parsed(command: Any, argv: list[str]) -> Any:
-    for argument, reason in lone_texts(argv):
-        raise ValueError(f"{shown(argument)}: {reason}")
+    for problem in lone_texts(argv):
+        raise ValueError(problem)
     try:
         return command.parse_args()
     except (MemoryError, RecursionError, TypeError) as error:  # of Python's own reader of values in --model_args

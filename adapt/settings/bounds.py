@@ -233,8 +233,8 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def lone_texts(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """(argument, what is wrong) of those that are no text at all."""
-    for argument in argv:
+def lone_texts(argv: list[str]) -> Iterator[str]:
+    """`out='a\\x00b': what is wrong` of the arguments that are no text at all."""
+    for option, argument in zip(["", *argv], argv, strict=False):
         if reason := _not_text(argument):
-            yield argument, reason
+            yield f"{option[2:]}=" * option.startswith("--") + f"{shown(argument)}: {reason}"

@@ -10,6 +10,7 @@ by the tokens of that whole global batch, so the curve is the same for any split
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     """The `adapt train` command, and what `recipes/train.py` runs on every rank; after a signal 128 + its number."""
     try:
         recipe = parse_recipe(argv, __doc__)
-        if not (Path(recipe.training.output_dir) / "model").exists():  # a run that is finished reads nothing more
+        if not os.path.exists(f"{recipe.training.output_dir}/model"):  # a run that is finished reads nothing more
             check_names(recipe)
     except ValueError:
         wait_for_rank_zero()
