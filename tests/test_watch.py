@@ -202,7 +202,7 @@ def test_the_time_of_samples_is_in_no_rate(run, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"training__sample_prompt": ""}, "training.sample_prompt='': is empty; write at least one word"),
+        ({"training__sample_prompt": ""}, "training.sample_prompt='': is empty"),
         ({"training__sample_steps": -1}, "training.sample_steps=-1: must be from 0 to "),
         (
             {"training__sample_steps": 1, "training__sample_prompt": "cat " * 300},

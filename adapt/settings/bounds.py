@@ -21,11 +21,13 @@ import operator
 import re
 import types
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-class Bounds(NamedTuple):
+@dataclass(frozen=True)  # no tuple: typing keeps unions by equality, and an export's modules are run more than once
+class Bounds:
     """The least and the largest value of a number, both allowed unless said otherwise."""
 
     low: float
@@ -45,7 +47,8 @@ class Bounds(NamedTuple):
         return f"must be {low} and {'below' if self.high_is_open else 'at most'} {_number(self.high)}"
 
 
-class Spelled(NamedTuple):
+@dataclass(frozen=True)
+class Spelled:
     """A text of a form: all of it matches the pattern. such_as: what to write instead."""
 
     pattern: str
