@@ -129,7 +129,7 @@ def one_step(setting: Setting, pattern: str, workload: Workload, kernel: str, ov
     base, documents = setting.made("windows" if pattern == "sliding windows" else "tiny", workload)
     out = setting.scratch / f"{pattern}-{kernel}"
     keep = KeepStep()
-    overrides = {"model.attn_implementation": kernel, "training.max_grad_norm": 1e9, **overrides}
+    overrides = {"model.attn_implementation": kernel, "training.max_grad_norm": 1e6, **overrides}
     transformers.trainer.DEFAULT_CALLBACKS.append(keep)
     try:
         run_ours(base, documents, workload, overrides, out, steps=1 + overrides.get("objective.anneal_steps", 0))

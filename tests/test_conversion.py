@@ -375,7 +375,7 @@ def test_a_base_that_cannot_be_converted_is_refused_in_one_line(base_folder, tmp
 
 REFUSED_OPTIONS = [
     (["--attention", "block"], "block_size=None: attention=block needs one of at least 1; try 16 or 32"),
-    (["--attention", "block", "--block_size", "0"], "block_size=0: attention=block needs one of at least 1"),
+    (["--attention", "block", "--block_size", "0"], "block_size=0: must be from 1 to"),
     (
         ["--attention", "block", "--block_size", "4", "--clean_context", "full"],
         "clean_context=full: choose one of block, causal",
@@ -384,7 +384,7 @@ REFUSED_OPTIONS = [
     (["--block_size", "4"], "block_size=4: belongs to attention=block"),
     (["--mask_token", "<|endoftext|>"], "mask_token=<|endoftext|>: "),
     (["--mask_token", "the"], "mask_token=the: occurs in plain text"),
-    (["--mask_token", " "], "mask_token= : occurs in plain text"),
+    (["--mask_token", " "], "mask_token=' ': is empty"),
     (["--mask_token", "<|assistant|>"], "mask_token=<|assistant|>: the chat template writes it"),
 ]
 
@@ -401,7 +401,7 @@ def test_an_option_that_cannot_be_is_refused_in_one_line(base_folder, tmp_path, 
 def test_a_folder_that_exists_or_a_base_that_does_not_is_refused(base_folder, checkpoint_folder, tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     assert cli(["convert", str(base_folder("gemma3")), str(tmp_path / "mine")]) == 1
-    assert "mine: exists already; choose a new folder" in capsys.readouterr().err
+    assert "mine: exists already (is a file); choose a new folder" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "precious"
     assert cli(["convert", "./nowhere", str(tmp_path / "out")]) == 1
     assert "error: base=./nowhere: no such folder" in capsys.readouterr().err

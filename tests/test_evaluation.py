@@ -155,7 +155,7 @@ def test_ranks_share_the_rows_out_and_agree_on_the_score(run, argv, folder: Path
     "settings, message",
     [
         ({"data__eval": 0.001}, "data.eval=0.001: of 64 rows this keeps 0 out of training; give a share"),
-        ({"data__eval": 1.5}, "data.eval=1.5: a share of the rows must lie between 0 and 1; or give files"),
+        ({"data__eval": 1.5}, "data.eval=1.5: must be above 0 and below 1"),
         ({"data__eval": "./none.jsonl"}, "data.eval=./none.jsonl: no such file; give json"),
         ({"training__eval_steps": 3}, "training.eval_steps=3: nothing to score; set data.eval, such as 0.05"),
     ],

@@ -106,7 +106,7 @@ def _write(tmp_path: Path, content: object) -> str:
         ({"zero_optimization": {"stage": True}}, "deepspeed.zero_optimization.stage=true in mine.json: allowed are"),
         ({"zero_optimization": 2}, "deepspeed.zero_optimization=2 in mine.json: must be an object"),
         ('{"train_batch_size": 1, "train_batch_size": "auto"}', "'train_batch_size' is there twice; keep one"),
-        ("{", "mine.json: not valid JSON: Expecting property name"),
+        ("{", "mine.json: not valid JSON (line 1: "),
         ("[1]", "mine.json: must hold one JSON object, holds a list"),
     ],
 )

@@ -57,7 +57,7 @@ def read_ds_config(path_or_name: str) -> dict[str, Any]:
             if not isinstance(found, dict):
                 if name in _OR_NULL and found is None:
                     break
-                raise ValueError(f"deepspeed.{section}={shown(found)} in {path.name}: must be an object")
+                raise ValueError(f"deepspeed.{section}={shown(json.dumps(found))} in {path.name}: must be an object")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in _STAGES:
