@@ -110,7 +110,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "cut short": (GOOD + b'{"text": "do', "row 2 is not valid JSON"),
     "no value": (GOOD + b'{"text": }\n', "row 2 is not valid JSON"),
     "single quotes": (b"{'text': 'cat'}\n", "row 1 is not valid JSON"),
-    "a key twice": (GOOD + b'{"text": "a", "text": "b"}\n', "row 2 is not valid JSON .a key is there twice"),
+    "a key twice": (GOOD + b'{"text": "a", "text": "b"}\n', "row 2 is not valid JSON .'text' is there twice"),
     "half a pair": (GOOD + b'{"text": "\\ud800"}\n', "row 2 has half of a surrogate pair"),
     "other half": (GOOD + b'{"text": "\\udfff x"}\n', "row 2 has half of a surrogate pair"),
     "raw half": (GOOD + b'{"text": "\xed\xa0\x80"}\n', "row 2 is not UTF-8"),

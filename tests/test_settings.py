@@ -172,6 +172,8 @@ NO_YAML = {
     "a deep one": ("[" * 5000, "nested too deeply"),
     "a deep one of dashes": ("- " * 5000, "nested too deeply"),
     "a number of thousands of digits": ("a: " + "9" * 5000, "is no YAML"),
+    "a character beyond Unicode": ('a: "\\UFFFFFFFF"', "is no YAML"),
+    "a character just beyond it": ('a: "\\U00110000"', "is no YAML"),
     "open": ("a: [1", "is no YAML"),
     "two documents": ("a: 1\n---\na: 2", "is no YAML"),
     "a control character": ("a: \x07", "is no YAML"),
@@ -393,7 +395,8 @@ def test_a_text_that_looks_like_a_number_is_saved_as_text(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("argument", ["[" * 30_000, "{a: " * 20_000, "- " * 30_000, "a\0b", "\udcff", "9" * 5000, "!!timestamp x",
-                                      "!!int", "&a [*a]", "1:99:99", "0x", "{1: 2, 1: [}"])  # fmt: skip
+                                      "!!int", "&a [*a]", "1:99:99", "0x", "{1: 2, 1: [}", '"\\UFFFFFFFF"',
+                                      '"\\UFFFFFFFF' + "x" * 80 + '"'], ids=lambda argument: ascii(argument)[:24])  # fmt: skip
 def test_an_argument_that_no_reader_takes_is_one_line(capsys: pytest.CaptureFixture[str], argument: str) -> None:
     """libyaml ends the process at 30,000 brackets."""
     for option in ("--training.num_steps", "--objective.block_sizes", "--model.shift_logits"):

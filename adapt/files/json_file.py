@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ValueError(f"larger than {_MAX_JSON >> 20} MiB")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_no_key_twice)
+        content = json.loads(path.read_bytes(), object_pairs_hook=no_key_twice)
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, not an object")
     except FileNotFoundError:
@@ -25,8 +26,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object for `object_pairs_hook`; ValueError with the key that is there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice!r:.60} is there twice; keep one")
     return found

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .json_file import _no_key_twice, read_json
+from .json_file import no_key_twice, read_json
 from .model_folder import check_files
 
 INDEX = "model.safetensors.index.json"
@@ -107,7 +107,7 @@ def read_shard(path: Path, what: str) -> Shard:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length), object_pairs_hook=_no_key_twice)
+            header = json.loads(file.read(length), object_pairs_hook=no_key_twice)
     except (OSError, RecursionError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(

@@ -18,10 +18,14 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
+from .json_file import no_key_twice
+
 MOST_YAML = 1 << 18  # bytes; the recipes that ship have 2,000
 MOST_TEXT = 1 << 28  # bytes
 _DEEPEST = 32  # collections inside of each other
 _MOST_ALIASES = 8
+_OF_VALUES = (OverflowError, ValueError)
+"""what PyYAML raises for "\\UFFFFFFFF", a number of thousands of digits, a date that is none"""
 
 
 def user_text(path: Path, setting: str, wanted: str, most: int = MOST_TEXT) -> str:
@@ -30,23 +34,31 @@ def user_text(path: Path, setting: str, wanted: str, most: int = MOST_TEXT) -> s
 
 
 def user_yaml(path: Path, setting: str, wanted: str) -> Any:
-    """What a YAML file or pipe holds. Anchors, aliases, tags, merges and keys that are there twice are refused."""
+    """What a YAML file or pipe holds, as `plain_yaml` reads it."""
     text = user_text(path, setting, wanted, MOST_YAML)
+    try:
+        return plain_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{setting}={path}: is no YAML ({error}); give {wanted}") from None
+
+
+def plain_yaml(text: str) -> Any:
+    """What a YAML text holds; ValueError with what is wrong in it. Anchors, aliases, tags, merges and keys twice are refused."""
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f" ({f'line {mark.line + 1}: ' if mark else ''}{problem})" if problem else ""
-        raise ValueError(f"{setting}={path}: is no YAML{where}; give {wanted}") from None
-    except ValueError as error:  # a number of thousands of digits, a date that is none
-        raise ValueError(f"{setting}={path}: is no YAML ({error}); give {wanted}") from None
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{where}{problem or 'a character that YAML does not take'}") from None
+    except _OF_VALUES as error:
+        raise ValueError(str(error)) from None
 
 
 def user_json(path: Path, setting: str, wanted: str, most: int = MOST_TEXT) -> dict[str, Any]:
     """The JSON object in a file or pipe; the line names what is wrong and where."""
     text = user_text(path, setting, wanted, most)
     try:
-        content = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_such_number)
+        content = json.loads(text, object_pairs_hook=no_key_twice, parse_constant=_no_such_number)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{setting}={path}: not valid JSON (line {error.lineno}: {error.msg}); give {wanted}"
@@ -104,15 +116,6 @@ def _decoded(content: bytes, what: str, wanted: str) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{what}: is not UTF-8 text (line {line}); give {wanted}") from None
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} is there twice; keep one")
-        found[key] = value
-    return found
 
 
 def _no_such_number(name: str) -> None:
@@ -176,7 +179,7 @@ def read_value(text: str) -> Any:
         return yaml.load(text, Loader=_PlainLoader)
     except ComposerError as error:
         raise ValueError(error.problem) from None
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, *_OF_VALUES):
         return text
 
 
@@ -199,10 +202,14 @@ def overgrown(text: str) -> bool:
     depth = aliases = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            aliases += isinstance(event, yaml.AliasEvent)
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            elif isinstance(event, yaml.AliasEvent):
+                aliases += 1
             if depth > _DEEPEST or aliases > _MOST_ALIASES:
                 return True
-    except yaml.YAMLError:  # so it is a text
+    except (yaml.YAMLError, *_OF_VALUES):  # so it is a text
         pass
     return False

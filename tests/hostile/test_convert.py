@@ -199,7 +199,7 @@ CASES: dict[str, tuple] = {
     "index is a list": ("llama", text(INDEX, "[]"), f"{INDEX} is not valid JSON (a list"),
     "index is cut short": ("llama", text(INDEX, '{"weight_map": {'), f"{INDEX} is not valid JSON"),
     "index is binary": ("llama", text(INDEX, b"\xff\xfe\x00"), f"{INDEX} is not valid JSON"),
-    "index says a key twice": ("llama", text(INDEX, '{"weight_map": {}, "weight_map": {}}'), "a key is there twice"),
+    "index says a key twice": ("llama", text(INDEX, '{"weight_map": {}, "weight_map": {}}'), "'weight_map' is there twice"),
     "a tensor in two shards": ("llama", in_two_files, "is in both model-00001"),
     # config.json
     "config is missing": ("qwen3", removed("config.json"), "not a model folder (no config.json in it)"),

@@ -55,7 +55,7 @@ TYPES: dict[str, tuple[Callable[[Path], None], str]] = {
     "quantised": (config("quantization_config", {"quant_method": "fp8"}), "quantised"),
     "a list": (text(CONFIG, "[1]"), "not valid JSON"),
     "no JSON": (text(CONFIG, "{'a': 1}"), "not valid JSON"),
-    "a key twice": (text(CONFIG, '{"model_type": "llama", "model_type": "gpt2"}'), "a key is there twice"),
+    "a key twice": (text(CONFIG, '{"model_type": "llama", "model_type": "gpt2"}'), "'model_type' is there twice"),
     "bottomless": (text(CONFIG, '{"a":' * 100_000 + "1" + "}" * 100_000), "not valid JSON"),
 }
 # What only the weights show, which plan does not read.

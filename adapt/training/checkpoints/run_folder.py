@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...files import marks
 from ...files.outputs import check_folder, locked
+from ...files.user_text import plain_yaml
 from ..recipe import Recipe
 from .seal import COMPLETE
 
@@ -108,11 +107,11 @@ def read_settings(path: Path) -> dict[str, object]:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError("too large")
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sections = plain_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
             raise ValueError("it has no sections of settings")
         settings = flat(sections)
-    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise _not_ours(path, error) from error
     if not {"model.base", "data.train", "training.output_dir"} <= settings.keys():
         raise _not_ours(path, "it lacks settings that every recipe has")
@@ -133,9 +132,7 @@ def flat(tree: dict[Any, Any], prefix: str = "", depth: int = 1) -> dict[str, ob
         found.update(
             flat(value, f"{prefix}{key}.", depth + 1) if isinstance(value, dict) else {f"{prefix}{key}": value}
         )
-        if (
-            depth > _DEEPEST or len(found) > _MOST_SETTINGS
-        ):  # at once: YAML's anchors make a file's contents grow without end
+        if depth > _DEEPEST or len(found) > _MOST_SETTINGS:
             raise ValueError("it has too many settings")
     return found
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from datasets import Dataset
 
 from ... import progress
+from ...files.json_file import no_key_twice
 
 MOST_BYTES = 8 << 20
 """of a row: a book has 3 MB, and a tokenizer takes minutes for text of 10 MB without a blank in it"""
@@ -140,20 +141,13 @@ def first_bad_row(name: str) -> str | None:
         return None
     for number, line in enumerate(_lines(name), 1):
         try:
-            row = json.loads(line, object_pairs_hook=_no_key_twice)
+            row = json.loads(line, object_pairs_hook=no_key_twice)
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             return f"row {number} has half of a surrogate pair in it (\\ud800 to \\udfff), which is no character; remove it"
         except ValueError as error:
             return f"row {number} is not valid JSON ({error}); mend it"
     return None
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
 
 
 def place_of(names: list[str], index: int) -> str:
