@@ -22,7 +22,8 @@ from .seal import gathered, share
 
 _PICKLES = {".bin", ".pkl", ".pt", ".pth"}
 _NEVER_READ = "training_args.bin"
-_TAG = re.compile(r"global_step\d+(_universal)?\n?")
+# Shorter than what is read of the file: nothing may follow that leads elsewhere.
+_TAG = re.compile(r"global_step\d{1,20}(_universal)?\n?")
 _DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 # As pickle's GLOBAL spells them, module and name. All of them make values; none opens, imports or runs what it is given.
 _NAMES = {
