@@ -250,6 +250,22 @@ def test_looking_at_a_place_leaves_nothing_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_for_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    with pytest.raises(ValueError, match=r"training\.output_dir=.*run: is a link to disk; give that folder itself"):
+        marks.check_adoptable(tmp_path / "run", "training.output_dir")
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_users_link_to_a_folder_is_something_else(tmp_path: Path) -> None:
+    marks.begin(tmp_path / "adapter", "a")
+    marks.record_all(tmp_path / "adapter")
+    assert marks.holds_nothing_else(tmp_path / "adapter", "a")
+    (tmp_path / "adapter" / "mine").symlink_to(tmp_path)
+    assert not marks.holds_nothing_else(tmp_path / "adapter", "a")
+
+
 def test_a_second_process_is_refused_and_a_dead_ones_rest_goes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     marks.begin(tmp_path / ".out.converting", marks.new_run())

@@ -87,7 +87,8 @@ def holds_nothing_else(folder: Path, run: str | None) -> bool:
     mark = mark_of(folder)
     if mark is None or mark.run != run:
         return False
-    inside = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() and path.name != MARK}
+    found = (path for path in folder.rglob("*") if path.name != MARK and (path.is_symlink() or not path.is_dir()))
+    inside = {str(path.relative_to(folder)) for path in found}
     return mark.files is None or (inside <= mark.files.keys() and changed_since_written(folder) is None)
 
 
@@ -111,16 +112,13 @@ def write(folder: Path, name: str, text: str) -> None:
 
 def record_all(folder: Path) -> None:
     """`record` of all that is in the folder."""
-    names = [
-        str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK
-    ]
-    record(folder, _identities(folder, names))
+    record(folder, _identities(folder, _names(folder)))
 
 
 def publish_marked(staged: Path, out: Path, run: str | None = None) -> None:
     """Gives a folder that was written elsewhere its name, with a mark that lists all that is in it."""
-    _write(staged, Mark(run or new_run(), None, {}))
-    record_all(staged)
+    listed = {name: [found] for name, found in _identities(staged, _names(staged)).items()}
+    _write(staged, Mark(run or new_run(), None, listed))  # at once: a kill in between must not leave it as a user's
     publish(staged, out)
 
 
@@ -132,7 +130,7 @@ def replace_contents(folder: Path, staged: Path) -> None:
     mark = mark_of(folder)
     assert mark is not None, folder
     listed = mark.files or {}
-    new = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
+    new = _names(staged)
     check_ours(folder, new, "out")
     record(folder, _identities(staged, new))
     for name in new:
@@ -170,7 +168,9 @@ def check_ours(folder: Path, names: Iterable[str], setting: str) -> None:
 
 
 def check_adoptable(folder: Path, setting: str) -> None:
-    """ValueError, of `setting`, for a folder with something of another's where our mark belongs."""
+    """ValueError, of `setting`, for a link, and for a folder with something of another's where our mark belongs."""
+    if folder.is_symlink():
+        raise ValueError(f"{setting}={folder}: is a link to {os.readlink(folder)}; give that folder itself")
     if os.path.lexists(folder / MARK) and mark_of(folder) is None:
         raise ValueError(f"{setting}={folder}: {MARK} there is not of this run; move it, or choose another folder")
 
@@ -260,6 +260,10 @@ def remove_hardly_begun(folder: Path) -> None:
         and all(path.name.startswith(f".{MARK}.") for path in folder.iterdir())
     ):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MARK)
 
 
 def _identities(folder: Path, names: Iterable[str]) -> dict[str, Identity]:
