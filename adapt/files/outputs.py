@@ -90,7 +90,11 @@ def scratch_beside(out: Path) -> Iterator[Path]:
             is_mine, scratch = True, place / "work"
             marks.discard(scratch)
             scratch.mkdir()
-            yield scratch
+            try:
+                yield scratch
+            finally:
+                marks.remove(place)  # while it is locked: later it may be another process that works there
+                is_mine = False
     except Busy:
         is_mine = False
         raise
@@ -98,6 +102,7 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         if is_mine:
             marks.remove(place)
             marks.remove_hardly_begun(place)  # where a signal came between the folder and its mark
+        marks.withdraw(place)  # over a network an open lock file stays as another until it is closed
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()  # where nothing was written
@@ -157,14 +162,16 @@ def kept_if_it_fails(name: str, what: str) -> Iterator[Path]:
     marks.begin(folder, marks.new_run())
     try:
         yield folder
-    except (OSError, ValueError) as error:
-        if [path.name for path in folder.iterdir()] != [marks.MARK]:
+    except BaseException as error:
+        is_empty = [path.name for path in folder.iterdir()] == [marks.MARK]
+        if not is_empty and isinstance(error, (OSError, ValueError)):
             reason = " ".join(str(error).split())[:200]
             raise KeptElsewhere(
                 f"{what}: could not be written ({reason}); the results are in {folder} instead"
             ) from error
-        marks.remove(folder)
-        place.rmdir()
+        if is_empty:
+            marks.remove(folder)
+            place.rmdir()
         raise
     marks.remove(folder)
     place.rmdir()
