@@ -13,6 +13,7 @@ import kill_resume
 import pytest
 from training_fixtures import losses, recipe_argv, train_ranks, write_base, write_pairs
 
+from adapt.files import marks
 from adapt.training import train
 from adapt.training.engine import arguments as engine
 from adapt.training.engine import nvme
@@ -148,3 +149,18 @@ def test_a_run_of_two_ranks_goes_on_on_one_and_then_on_two_as_if_it_had_never_st
     said = train_ranks(argv(folder, out, **schedule, training__num_steps=12), log)
     assert "checkpoint-8: written by 1 rank, read by 2; converting it once" in said
     assert losses(folder / out) == pytest.approx(losses(folder / f"whole-{name}"), rel=1e-5)
+
+
+def test_a_second_start_does_not_take_the_disk_from_a_run_that_lives(tmp_path: Path) -> None:
+    marks.begin(tmp_path / "adapt-x-rank0", marks.new_run())
+    (tmp_path / "adapt-x-rank0" / "weights").write_text("in use")
+    hold = "import sys; from pathlib import Path; from adapt.files.outputs import locked\n"
+    hold += "with locked(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".adapt-x-rank0.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"training.nvme_path=.*: another run writes to it"):
+            nvme._swap_folder(tmp_path, "adapt-x-rank0")
+        assert (tmp_path / "adapt-x-rank0" / "weights").read_text() == "in use"
+        other.communicate()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from ...files import marks
+from ...files.outputs import locked
 from ..sections import TrainingConfig
 
 
@@ -39,19 +40,29 @@ def prepare_nvme(ours: TrainingConfig, sections: list[dict[str, Any]]) -> None:
     if missing := missing_for_nvme():
         raise ValueError(f"{setting}: {missing}, or use training.deepspeed=zero3_offload")
     run = hashlib.sha256(os.path.abspath(ours.output_dir).encode()).hexdigest()[:12]
+    name = f"adapt-{run}-rank{os.environ.get('RANK', '0')}"
+    swap = {place: _swap_folder(Path(place), name) for place in {section["nvme_path"] for section in sections}}
     for section in sections:
-        # A folder of this run and rank: DeepSpeed empties what it finds, which may be another run's, and cleans up nothing.
-        own = Path(section["nvme_path"]) / f"adapt-{run}-rank{os.environ.get('RANK', '0')}"
-        marks.remove(own)
-        try:
-            marks.begin(own, marks.new_run())
-            (own / "swap").mkdir()
-        except OSError as error:
-            raise ValueError(
-                f"training.nvme_path={section['nvme_path']}: cannot write there ({error.strerror}); give a folder on a local disk"
-            ) from error
-        section["nvme_path"] = str(own / "swap")
-        atexit.register(marks.remove, own)
+        section["nvme_path"] = str(swap[section["nvme_path"]])
+
+
+def _swap_folder(place: Path, name: str) -> Path:
+    """A folder of this run and rank alone until this process ends; ValueError where a process that lives has it.
+
+    DeepSpeed empties what it finds, which may be what another run computes with, and cleans up nothing.
+    """
+    setting, held = f"training.nvme_path={place}", ExitStack()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(place / f".{name}.lock", setting))
+        marks.remove(place / name)  # of a run that was killed
+        marks.begin(place / name, marks.new_run())
+        (place / name / "swap").mkdir()
+    except OSError as error:
+        raise ValueError(f"{setting}: cannot write there ({error.strerror}); give a folder on a local disk") from error
+    atexit.register(held.close)
+    atexit.register(marks.remove, place / name)
+    return place / name / "swap"
 
 
 def has_optimizer_on_nvme(args: TrainingArguments) -> bool:
