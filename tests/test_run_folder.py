@@ -317,6 +317,15 @@ def test_a_generation_config_that_is_none_costs_no_model_and_is_not_copied(folde
     assert (folder / "run" / "model" / "generation_config.json").read_text() != content
 
 
+def test_what_another_run_finishes_while_this_one_starts_is_not_lost(folder: Path) -> None:
+    before = run_folder.results_in(folder / "run")
+    assert before == ["checkpoint-2", "checkpoint-4"]
+    run_folder.check_no_others_results(folder / "run", before)
+    (folder / "run" / "model").mkdir()
+    with pytest.raises(ValueError, match="another run has written to it while this one was starting"):
+        run_folder.check_no_others_results(folder / "run", before)
+
+
 # -- kept where the last write fails
 
 

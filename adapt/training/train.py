@@ -35,7 +35,15 @@ from .checkpoints.resume import (
     newest_checkpoint,
     remove_unfinished,
 )
-from .checkpoints.run_folder import begin_run, check_nothing_in_the_way, check_run_folder, run_lock, save_provenance
+from .checkpoints.run_folder import (
+    begin_run,
+    check_no_others_results,
+    check_nothing_in_the_way,
+    check_run_folder,
+    results_in,
+    run_lock,
+    save_provenance,
+)
 from .checkpoints.save import provenance_of, save_final
 from .checkpoints.seal import gathered
 from .data.examples import load_examples
@@ -83,6 +91,7 @@ def train(recipe: Recipe) -> Path:
         )
     with progress.doing("checking the checkpoints and hashing the data"):
         check_nothing_in_the_way(output_dir)
+        results = results_in(output_dir)
         checkpoint = newest_checkpoint(recipe)
         check_checkpoint(checkpoint)
         unread = stamps(recipe.data)
@@ -91,6 +100,8 @@ def train(recipe: Recipe) -> Path:
         rows = load_split(recipe.data)
     check_unchanged(recipe.data, unread)
     with run_lock(output_dir) if args.process_index == 0 else nullcontext():
+        if args.process_index == 0:
+            check_no_others_results(output_dir, results)
         return _train(recipe, args, checkpoint, provenance, rows)
 
 

@@ -94,6 +94,20 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
     return [path for path in numbered_checkpoints(output_dir) if (path / COMPLETE).is_file()]
 
 
+def results_in(output_dir: Path) -> list[str]:
+    """Names of what runs have finished there: whole checkpoints, the final model."""
+    model = output_dir / "model"
+    return [path.name for path in whole_checkpoints(output_dir)] + ([model.name] if os.path.lexists(model) else [])
+
+
+def check_no_others_results(output_dir: Path, before: list[str]) -> None:
+    """ValueError where another run has finished something since `results_in` said `before`: this one would go on from too early."""
+    if results_in(output_dir) != before:
+        raise ValueError(
+            f"training.output_dir={output_dir}: another run has written to it while this one was starting; start the same command again"
+        )
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
