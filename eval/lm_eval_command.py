@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         _run(argv)
         return 0
     out, is_file = Path(given.output_path), given.output_path.endswith(".json")  # lm-eval puts the date into that name
-    folder = check_folder(out.parent if is_file and out.name != given.output_path else given.output_path, "output_path")
+    folder = check_folder(out.parent if is_file else given.output_path, "output_path")
     with kept_if_it_fails("lm_eval", f"output_path={out}") as results:
         _run([*argv, "--output_path", str(results / out.name if is_file else results)])
         _move(results, folder)

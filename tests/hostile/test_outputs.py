@@ -179,6 +179,10 @@ def test_lm_eval_saves_what_it_measured_and_keeps_it_where_it_cannot(yard: Path,
     (saved,) = (yard / "results").rglob("results_*.json")
     assert json.loads(saved.read_text())["results"]["pairs"]
     assert list((tmp_path / "temporary").iterdir()) == []
+    # The name of a file, as lm-eval takes it.
+    assert run(yard, [*call("lm_eval", "results.json"), "--limit", "2"]).code == 0
+    assert [path.is_file() for path in yard.glob("results_*.json")] == [True]
+    assert not (yard / "results.json").exists()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
