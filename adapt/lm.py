@@ -22,6 +22,7 @@ from .files.loading import config_of, model_of, tokenizer_of
 from .files.model_folder import check_model_folder
 from .model.precision import DTYPES, default_dtype
 from .probe.probe import probe
+from .settings.bounds import one_of
 from .spec import DiffusionSpec
 from .tokens import Chat, check_prompts, ids_with_blanks, left_padded, num_blanks, prompt_ids, start_token_id
 
@@ -253,6 +254,5 @@ def _device(device: torch.device | str | None) -> torch.device:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
+    one_of("dtype", dtype, ("auto", *DTYPES))
     return DTYPES[dtype]

@@ -46,10 +46,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def check_folder(arm: str, folder: str) -> None:
-    try:
-        check_model_folder(folder)
-    except ValueError as error:
-        raise ValueError(str(error).replace("checkpoint=", f"{arm}=", 1)) from None
+    check_model_folder(folder, arm)
     diffusion = is_diffusion_checkpoint(folder)
     if diffusion and arm != "adapted":
         raise ValueError(f"{arm}={folder}: is a diffusion checkpoint; give the causal LM that writes left to right")

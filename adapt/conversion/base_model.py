@@ -20,7 +20,7 @@ from ..files import adapters
 from ..files.json_file import read_json
 from ..files.loading import config_of, skeleton, tokenizer_of
 from ..files.model_config import without_code
-from ..files.model_folder import _LICENCES
+from ..files.model_folder import LICENCES
 from ..files.safetensors_folder import Shard, read_shards
 from ..files.staging import is_full_disk
 from .embedding_rows import embedding_names
@@ -28,7 +28,7 @@ from .weight_plan import stored_dtype
 
 # Without any of them transformers makes an empty tokenizer, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
-_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", *_LICENCES)
+_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", *LICENCES)
 
 
 @dataclass(frozen=True)

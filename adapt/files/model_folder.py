@@ -63,7 +63,7 @@ def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
         raise ValueError(f"{setting}={folder}: not a model folder (no config.json in it)")
 
 
-_LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*", "*.py")
 """what is read of a model folder besides its licences"""
 
@@ -71,7 +71,7 @@ _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken",
 def check_files(folder: Path, what: str) -> None:
     """ValueError, of `what`, where a file that would be read is none, or a link to somewhere else: it would be copied on from there."""
     for path in sorted({path for pattern in _READ for path in folder.glob(pattern)} if folder.is_dir() else ()):
-        if path.name in _LICENCES:
+        if path.name in LICENCES:
             continue  # `copy_extras` leaves them out
         name = path.relative_to(folder)
         if not _lies_in(folder, path):
@@ -120,7 +120,7 @@ def copy_extras(source: Path, out: Path, *, trust_remote_code: bool) -> None:
     What a link brings from elsewhere is left out.
     """
     for path in sorted(source.iterdir()):
-        wanted = path.name in _LICENCES or (trust_remote_code and path.suffix == ".py")
+        wanted = path.name in LICENCES or (trust_remote_code and path.suffix == ".py")
         if wanted and path.is_file() and _lies_in(source, path):
             shutil.copyfile(path, out / path.name)
         # The card itself says things that are not true of a model that is made of this one.

@@ -42,10 +42,10 @@ def hidden_states(
     tokens stand in no particular order, so that a kernel that cuts the layout into pieces takes a mask over everything.
     """
     options = {"cache": cache, "pieces": pieces, "right_window": right_window, "dense": dense}
-    return _outputs(model, input_ids, layout, **options).last_hidden_state
+    return backbone_outputs(model, input_ids, layout, **options).last_hidden_state
 
 
-def _outputs(
+def backbone_outputs(
     model: PreTrainedModel,
     input_ids: Tensor,
     layout: Layout | None,

@@ -24,7 +24,7 @@ _SMALLEST_HEAD = 16  # dimensions; FlexAttention's GPU kernels multiply tiles of
 
 def default_kernel(config: PretrainedConfig, device: str, *, compiled: bool = False) -> str:
     """The fastest kernel that the model of this config trains with on the device (cuda, cpu), its layers compiled or not."""
-    if device == "cuda" and _no_flex_attention(config) is None:
+    if device == "cuda" and no_flex_attention(config) is None:
         return "flex_attention"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not getattr(model_class, "_supports_sdpa", True):
@@ -86,7 +86,7 @@ def _smallest_head(config: PretrainedConfig) -> int:
     return min(sizes, default=_SMALLEST_HEAD)
 
 
-def _no_flex_attention(config: PretrainedConfig) -> str | None:
+def no_flex_attention(config: PretrainedConfig) -> str | None:
     """Why FlexAttention does not train the model on a GPU; None if it does."""
     if (obstacle := _not_in_transformers(config)) is not None:
         return obstacle

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import time
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 
 from ..spec import DTYPE_NAMES
 
-Precision = Literal["auto", "bf16", "fp32"]
-PRECISIONS = get_args(Precision)
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _NATIVE = 0.8
 """least speed of bf16 over that of fp32 that counts as native; what emulates it has 0.2 to 0.4, what computes it 2 to 8"""

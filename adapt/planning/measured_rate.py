@@ -107,8 +107,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[list[Measured], bool, str]:
     """(the rates, whether on a GPU, the hardware and the day)."""
+    report = user_json(path, "benchmark", "a report of benchmarks/train.py")
     try:
-        report = user_json(path, "benchmark", "a report of benchmarks/train.py")
         about = report["provenance"]
         rates = []
         for result in report["results"]:
@@ -122,8 +122,6 @@ def _read(path: Path) -> tuple[list[Measured], bool, str]:
         on = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"
         return rates, about["gpu"] is not None, f"{on}, {about['date'][:10]}"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if str(error).startswith("benchmark="):
-            raise
         raise ValueError(
             f"benchmark={path}: not written by benchmarks/train.py ({type(error).__name__}: {error})"
         ) from error

@@ -8,8 +8,8 @@
         def __post_init__(self) -> None:
             check_settings(self, "")
 
-A number without bounds and a text of any shape are refused where the options are declared (`undeclared`), so that none can be
-forgotten. Nothing heavy is imported: a value is refused before torch is there.
+A number without bounds is refused where the options are declared (`undeclared`), so that none can be forgotten. Nothing heavy is
+imported: a value is refused before torch is there.
 """
 
 from __future__ import annotations
@@ -240,4 +240,5 @@ def lone_texts(argv: list[str]) -> Iterator[str]:
     """`out='a\\x00b': what is wrong` of the arguments that are no text at all."""
     for option, argument in zip(["", *argv], argv, strict=False):
         if reason := _not_text(argument):
-            yield f"{option[2:]}=" * option.startswith("--") + f"{shown(argument)}: {reason}"
+            setting = f"{option[2:]}=" if option.startswith("--") else ""
+            yield f"{setting}{shown(argument)}: {reason}"

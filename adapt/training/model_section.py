@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..settings.bounds import Bounds, Tokens, check_settings, one_of
+from ..spec import ATTENTIONS, CLEAN_CONTEXTS
 
 _Rank = Annotated[int, Bounds(1, 2**16)]
 
@@ -57,7 +58,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_settings(self, "model")
         if self.attention is not None:
-            one_of("model.attention", self.attention, ("bidirectional", "block", "prefix"))
+            one_of("model.attention", self.attention, ATTENTIONS)
         if (self.block_size is None) == (self.attention == "block"):
             raise ValueError(
                 f"model.block_size={self.block_size}: "
@@ -68,7 +69,7 @@ class ModelConfig:
                 )
             )
         if self.clean_context is not None:
-            one_of("model.clean_context", self.clean_context, ("block", "causal"))
+            one_of("model.clean_context", self.clean_context, CLEAN_CONTEXTS)
             if self.attention != "block":
                 raise ValueError(
                     f"model.clean_context={self.clean_context}: belongs to model.attention=block; leave it out"

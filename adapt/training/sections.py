@@ -23,6 +23,7 @@ from ..settings.bounds import (
     check_settings,
     one_of,
 )
+from ..spec import NOISES
 
 _WholeOption = Annotated[int, Bounds(-(10**9), 10**9)]
 _Option = Annotated[float, Bounds(-1e9, 1e9)]
@@ -85,7 +86,7 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "noise")
-        one_of("noise.kind", self.kind, ("absorbing", "hybrid", "uniform"))
+        one_of("noise.kind", self.kind, NOISES)
         one_of("noise.schedule", self.schedule, tuple(SCHEDULES))
         if not self.t_min < self.t_max:
             raise ValueError(f"noise.t_max={self.t_max}: must lie above noise.t_min={self.t_min}, up to 1")

@@ -22,7 +22,7 @@ from ..files.loading import check_weights, config_of, empty_model, tokenizer_of,
 from ..files.model_folder import check_model_folder, diffusion_section, is_diffusion_checkpoint
 from ..files.provenance import first_change, model_files
 from ..lm import load
-from ..model.kernels import _no_flex_attention, default_kernel
+from ..model.kernels import default_kernel, no_flex_attention
 from ..model.parts import decoder_layers
 from ..spec import DiffusionSpec
 from . import lora
@@ -69,7 +69,7 @@ def attention_kernel(recipe: Recipe, config: PretrainedConfig, device: str | Non
     Raises ValueError for FlexAttention where it does not train that model, or on a CPU.
     """
     asked = recipe.model.attn_implementation
-    if asked == "flex_attention" and (obstacle := _no_flex_attention(config)):
+    if asked == "flex_attention" and (obstacle := no_flex_attention(config)):
         raise ValueError(
             f"model.attn_implementation=flex_attention: {obstacle}; use eager, sdpa or sdpa_pieces, or leave it out"
         )

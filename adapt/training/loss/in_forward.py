@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...attention.layout import Layout
 from ...attention.sdpa_pieces import Geometry
-from ...model.forward import _outputs
+from ...model.forward import backbone_outputs
 from ...model.head import after_head
 from ...objective import RowLoss, weighted_loss
 from .router import has_router_loss, router_aux_loss
@@ -63,7 +63,7 @@ def _loss(
 ) -> tuple[Tensor, list[Tensor]]:
     routed = has_router_loss(model)
     options = {"pieces": pieces, "right_window": right_window, "output_router_logits": routed}
-    outputs = _outputs(model, input_ids, layout, **options)
+    outputs = backbone_outputs(model, input_ids, layout, **options)
     hidden = outputs.last_hidden_state.flatten(0, 1)
     # The head as it is now: PEFT replaces a tied one when it trains the mask token's row.
     linear: Any = model.get_output_embeddings()
