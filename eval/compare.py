@@ -65,7 +65,7 @@ def compare(
     notice: str | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The report (DESIGN.md 4.4), which is also written to `out` as JSON, Markdown and HTML with lm-eval's samples.
+    """The report (what is in it: docs/guide.md), which is also written to `out` as JSON, Markdown and HTML with lm-eval's samples.
 
     base, control: causal LMs; adapted: a diffusion checkpoint. All arms stand in one process with one dtype, device and
     attention kernel. base_num_fewshot: examples in the original's prompt alone. sweep: more thresholds for the

@@ -63,7 +63,7 @@ def convert(
     block_size and clean_context ("causal", the default, or "block") belong to block attention; noise is what it will be trained
     with ("absorbing", "uniform", or "hybrid" with its p_uniform). mask_init_std: of Gaussian noise around that mean, drawn from
     seed. pad_to_multiple_of: rows of the embedding. dtype: default is what the weights are stored in. verify: probe all
-    layers on the loaded weights, which stay in their files (memory: `mapped.py`). attn_implementation: the kernel of the probe, or
+    layers on the loaded weights, which stay in their files (`probe/in_place.py`). attn_implementation: the kernel of the probe, or
     a function that chooses one for the config. adapter: a PEFT folder that is merged into `base` first.
     Raises ValueError if `out` exists, if `base` is not a causal LM with plain attention layers, or if the probe fails.
     """

@@ -57,7 +57,7 @@ def tokenizer_of(folder: str | Path, what: str, *, trust_remote_code: bool = Fal
         with one_line(f"{what}: its tokenizer cannot be read"):
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        if "trust_remote_code" not in f"{error} {error.__cause__}":  # `one_line` cuts what transformers says
             raise
         raise ValueError(
             f"{what}: its tokenizer is made by Python code of its own ({str(code)[:60]}), which was not run; {todo}"

@@ -5,8 +5,8 @@
     adapt plan --config recipes/qwen3-0.6b/block.yaml --model_config recipes/qwen3-0.6b/config.json --training.micro_batch_size 8
 
 Only the model's config.json is read, from its folder, the Hub or --model_config; no weights are loaded and no memory is taken.
-Activations and logits are those of the step itself, run on tensors without data (`footprint.py`); weights, optimizer and
-DeepSpeed's copies are counted (`zero_memory.py`). GB are 1e9 bytes. Rows are taken to be full, of text that is all target:
+Activations and logits are those of the step itself, run on tensors without data (`activations.py`); weights, optimizer and
+DeepSpeed's copies are counted (`zero.py`). GB are 1e9 bytes. Rows are taken to be full, of text that is all target:
 the most that data.seq_len allows. Not seen: CUDA's context, NCCL, kernels' workspaces and fragmentation, for which
 --reserve is kept free.
 """

@@ -1,4 +1,4 @@
-"""A recipe's model as tensors that have shapes and dtypes and no data: what `prepare.prepared` makes, for no memory.
+"""A recipe's model as tensors that have shapes and dtypes and no data: what `start_model.prepared` makes, for no memory.
 
     model = shape_model(recipe, config, deepspeed=True)
 
@@ -29,7 +29,7 @@ FLASH = "footprint"
 
 
 def shape_model(recipe: Recipe, config: PretrainedConfig, *, deepspeed: bool) -> Any:
-    """The model of a run as `prepare.prepared` makes it, in fake tensors: adapters, 4-bit weights, dtypes. Takes no memory."""
+    """The model of a run as `start_model.prepared` makes it, in fake tensors: adapters, 4-bit weights, dtypes. Takes no memory."""
     ours = recipe.model
     with torch.device("meta"), no_init_weights():
         with one_line(f"model.base={ours.base}: config.json makes no model"):

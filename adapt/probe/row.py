@@ -68,7 +68,7 @@ def distinct_tokens(model: PreTrainedModel, length: int, seed: int = 0) -> tuple
     """`length` tokens and another for each, no two with one embedding (rows never trained are often alike); the mask token first
     among the others, where the config names it.
     """
-    embedding: Any = model.get_input_embeddings()  # asked as a module: its weights may be in a file (`mapped.py`)
+    embedding: Any = model.get_input_embeddings()  # as a module: its weights may be in a file (`in_place.py`)
     mask_token_id = (getattr(model.config, "diffusion", None) or {}).get("mask_token_id")
     candidates = torch.randperm(len(embedding.weight), generator=torch.Generator().manual_seed(seed))[: 64 * length]
     candidates = candidates[candidates != mask_token_id] if mask_token_id is not None else candidates

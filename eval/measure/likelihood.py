@@ -55,7 +55,7 @@ def likelihood_row(
     seed: int = 1234,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The row of DESIGN.md 4.4: nats per token of `base` (exact) and of `lm` (upper bound, Monte-Carlo stderr).
+    """A row of the report's `likelihood`: nats per token of `base` (exact) and of `lm` (upper bound, Monte-Carlo stderr).
 
     Each window's first token is given; all others are scored, by both arms.
     """

@@ -130,9 +130,9 @@ def _is_pair(value: Any) -> bool:
 def quality_rows(
     results: Mapping[str, Mapping[str, Any]], *, seed: int = 1234
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows of DESIGN.md 4.4, warnings) of the arms' lm-eval results; `results` has base, adapted, maybe control.
+    """(rows of the report's `quality`, warnings) of the arms' lm-eval results; `results` has base, adapted, maybe control.
 
-    Beyond the contract a row has `ci95` in each arm and `vs_control` (adapted - control, or null).
+    A row has `ci95` in each arm and `vs_control` (adapted - control, or null).
     """
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []

@@ -43,7 +43,7 @@ def measure(
     repeats: int = 3,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row per arm and batch size with the keys of DESIGN.md 4.4, and `tokens_per_s_runs`, one rate per round.
+    """One row per arm and batch size of the report's `speed`, and `tokens_per_s_runs`, one rate per round.
 
     A round lets every arm write all of its prompts once; rounds follow each other with the order of the arms turned.
     tokens_per_s is the median round; latency is a request's, that is its whole batch's. tpf: emitted tokens per

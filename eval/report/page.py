@@ -1,7 +1,7 @@
 """Writes a comparison down: report.json, report.md, a self-contained report.html, and lm-eval's samples.
 
     from adapt_eval.report.page import write_report
-    write_report(report, "runs/compare")            # report: the dict of DESIGN.md 4.4
+    write_report(report, "runs/compare")            # report: the dict of docs/guide.md
 
 Everything is computed from the dict, so a report.json can be rendered again:
 
