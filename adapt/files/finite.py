@@ -39,7 +39,7 @@ def first_not_finite(shard: Shard) -> str | None:
 
 def check_folder_finite(folder: Path, what: str) -> None:
     """ValueError that begins with `what` if a tensor in the folder's safetensors files has NaN or infinity in it."""
-    for name, shard in read_shards(folder).items():
+    for name, shard in read_shards(folder, what).items():
         if tensor := first_not_finite(shard):
             raise ValueError(f"{what}: {tensor} ({name}) has NaN or infinity in it")
 
