@@ -159,6 +159,12 @@ def without_template():
     return tokenizer
 
 
+def with_strict_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    return tokenizer
+
+
 def with_forgetful_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}</s>"
@@ -182,6 +188,12 @@ def with_forgetful_template():
         ([{"messages": [{"from": "gpt"}]}], {}, tiny_tokenizer, r"column messages holds .* needs lists of \{role"),
         ([{"messages": "cat"}], {}, tiny_tokenizer, r"column messages holds 'cat', needs lists"),
         ([{"messages": CHAT}], {}, without_template, "has no chat template; use prompt and completion"),
+        (
+            [{"messages": CHAT}],
+            {},
+            with_strict_template,
+            "row 1: column messages: the tokenizer's chat template does not",
+        ),
         ([{"messages": CHAT}], {}, with_forgetful_template, "does not keep the start of a conversation"),
         ([{"text": "cat"}], {}, without_end, "no end-of-text token"),
         (PAIRS * 5, {"seq_len": 4}, tiny_tokenizer, "data.seq_len=4"),

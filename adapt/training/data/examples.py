@@ -162,8 +162,8 @@ def _from_messages(batch: dict, tokenizer: PreTrainedTokenizerBase, piece: int) 
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = chat_text(tokenizer, messages[:i], "data.train", add_generation_prompt=True)
-            whole = chat_text(tokenizer, messages[: i + 1], "data.train")
+            before = _rendered(tokenizer, messages[:i], add_generation_prompt=True)
+            whole = _rendered(tokenizer, messages[: i + 1])
             if not whole.startswith(before):
                 raise ValueError(
                     "data.train: the chat template does not keep the start of a conversation as it grows, so turns cannot be "
@@ -203,6 +203,13 @@ def _messages(messages: object) -> list[dict]:
     ):
         raise RowError(f"column messages holds {str(messages)[:60]!r}, needs lists of {{role: ..., content: ...}}")
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: bool) -> str:
+    try:
+        return chat_text(tokenizer, messages, "column messages", **options)
+    except ValueError as error:
+        raise RowError(str(error)) from error
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
