@@ -55,6 +55,7 @@ def compare(
     speed_prompts: int = 16,
     speed_batch_sizes: Sequence[int] = (1, 8),
     speed_repeats: int = 3,
+    speed_until: float | None = None,
     dtype: str | None = None,
     device: str | None = None,
     attn_implementation: str = "sdpa",
@@ -69,7 +70,8 @@ def compare(
 
     base, control: causal LMs; adapted: a diffusion checkpoint. All arms stand in one process with one dtype, device and
     attention kernel. base_num_fewshot: examples in the original's prompt alone. sweep: more thresholds for the
-    quality-speed curve. speed_repeats: rounds, 0 = do not measure. dtype: default bfloat16 where the device computes it
+    quality-speed curve. speed_repeats: rounds, 0 = do not measure. speed_until: time.monotonic() after which no
+    further round begins. dtype: default bfloat16 where the device computes it
     natively, else float32. notice: the first sentence of the report and its first warning. notes: warnings before its own.
     Raises ValueError for what the user can mend, before any model is loaded where that can be known.
     """
@@ -133,7 +135,12 @@ def compare(
         announce_step(f"speed at batch size {', '.join(map(str, speed_batch_sizes))}, {speed_repeats} rounds")
         arms = [speed_arm(arm, lm, prompts, sampler, seed) for arm, lm in lms.items()]
         rows = speed.measure(
-            arms, tokenizer=tokenizer, batch_sizes=speed_batch_sizes, repeats=speed_repeats, progress=progress
+            arms,
+            tokenizer=tokenizer,
+            batch_sizes=speed_batch_sizes,
+            repeats=speed_repeats,
+            until=speed_until,
+            progress=progress,
         )
 
     # 4. The quality-speed curve, and the likelihood of held-out text.

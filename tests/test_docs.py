@@ -12,7 +12,11 @@ from documents import DOCUMENTS, ROOT, anchors, blocks, links
 
 import adapt
 
-PAGES = [*DOCUMENTS, ROOT / "SECURITY.md", *(ROOT / "docs" / name for name in ("log.md", "ablations.md", "architectures.md"))]
+PAGES = [
+    *DOCUMENTS,
+    ROOT / "SECURITY.md",
+    *(ROOT / "docs" / name for name in ("log.md", "ablations.md", "architectures.md")),
+]
 FUNCTION = re.compile(r"`([\w/.]+\.py):([\w.]+)`")
 FILE = re.compile(r"`((?:adapt|eval|recipes|launch|tests|benchmarks|docs|examples)/[\w/.-]+\.\w+)`")
 

@@ -41,6 +41,7 @@ def measure(
     tokenizer: Any,
     batch_sizes: Sequence[int] = (1, 8),
     repeats: int = 3,
+    until: float | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """One row per arm and batch size of the report's `speed`, and `tokens_per_s_runs`, one rate per round.
@@ -48,19 +49,26 @@ def measure(
     A round lets every arm write all of its prompts once; rounds follow each other with the order of the arms turned.
     tokens_per_s is the median round; latency is a request's, that is its whole batch's. tpf: emitted tokens per
     sequence and forward. peak_memory_bytes: on CUDA the arm's own weights and what its batches added; on CPU the whole
-    process. `tokenizer` counts the tokens of all arms. A batch size larger than the number of prompts is skipped.
+    process. `tokenizer` counts the tokens of all arms. A batch size larger than the number of prompts is skipped. until: when to be
+    done (time.monotonic()): a batch size has one round in any case, and another only if it fits into its share of what is left.
     """
     sizes = [b for b in batch_sizes if all(b <= len(arm.prompts) for arm in arms)]
     timings = {(arm.name, arm.sampler, size): _Timing() for size in sizes for arm in arms}
     batches = {size: {id(arm): _batches(arm.prompts, size) for arm in arms} for size in sizes}
     total = sum(len(b) for size in sizes for b in batches[size].values()) * repeats + len(sizes) * len(arms)
     with doing("speed", total=total, shown=progress) as task:
-        for size in sizes:
+        for number, size in enumerate(sizes):
+            now = time.monotonic()
+            end = None if until is None else now + (until - now) / (len(sizes) - number)
             for arm in arms:  # warm-up: kernels, allocator, caches
                 task.figures = [f"{arm.name}, batch {size}, warm-up"]
                 arm.write(batches[size][id(arm)][0])
                 task.update()
+            begun = time.monotonic()
             for turn in range(repeats):
+                now = time.monotonic()
+                if turn and end is not None and now + (now - begun) / turn > end:
+                    break
                 shift = turn % len(arms)
                 for arm in [*arms[shift:], *arms[:shift]]:
                     task.figures = [f"{arm.name}, batch {size}"]

@@ -116,6 +116,7 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
         sampler=SAMPLER,
         speed_prompts=4 if fast else 8,
         speed_repeats=plan.speed_rounds,
+        speed_until=None if fast else time.monotonic() + 60 * minutes - spent(),
         seed=seed,
         overwrite=True,
         notice=_FAST_NOTICE if fast else None,

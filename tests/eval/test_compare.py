@@ -123,7 +123,13 @@ def test_the_command_ends_with_the_table_and_the_reports_path(arms, tmp_path, ca
     said = " ".join(report["warnings"])
     assert "no control" in said
     assert "No task of the list generates text" in said
-    assert sorted(p.name for p in out.iterdir()) == [".adapt.json", "report.html", "report.json", "report.md", "samples"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        ".adapt.json",
+        "report.html",
+        "report.json",
+        "report.md",
+        "samples",
+    ]
     assert len((out / "samples/base/tiny_last.jsonl").read_text().splitlines()) == 3
 
 

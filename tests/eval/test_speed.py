@@ -29,7 +29,7 @@ KEYS = {
 def clock(monkeypatch):
     """Time that passes only where a fake arm writes: exact on a busy machine."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now.seconds, monotonic=lambda: now.seconds))
     return now
 
 
@@ -48,6 +48,13 @@ def test_arms_take_turns_and_the_order_turns_too(clock):
     arms = [fake_arm(n, 1, 1, 1, log, clock) for n in "abc"]
     measure(arms, tokenizer=None, batch_sizes=[4], repeats=3, progress=False)
     assert "".join(name for name, _ in log) == "abc" + "abc" + "bca" + "cab"  # the first three warm up
+
+
+@pytest.mark.parametrize("until, rounds", [(0, (1, 1)), (12, (1, 2)), (20, (2, 3)), (99, (3, 3)), (None, (3, 3))])
+def test_rounds_end_in_time_but_each_batch_size_has_one(clock, until, rounds):
+    arms = [fake_arm(n, seconds, 1, 1, [], clock, prompts=2) for n, seconds in (("a", 1), ("b", 1))]
+    rows = measure(arms, tokenizer=None, batch_sizes=[1, 2], repeats=3, until=until, progress=False)
+    assert tuple(row["runs"] for row in rows if row["arm"] == "a") == rounds
 
 
 def test_rates_come_from_the_clock_and_forwards_from_the_arm(clock):
