@@ -81,6 +81,18 @@ def named_by_stack(path: Path) -> None:
     torch.save(Bomb(), path, pickle_protocol=4)
 
 
+def stated(target: bytes) -> Callable[[Path], None]:
+    """A pickle whose first act is BUILD on that; the rest is a dict."""
+
+    def plant(path: Path) -> None:
+        state = b"N}X\n\0\0\0__module__X\4\0\0\0thiss\x86"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in (("data.pkl", b"\x80\2" + target + state + b"b0}."), ("version", b"3\n")):
+                archive.writestr(f"{path.stem}/{name}", content)
+
+    return plant
+
+
 def script(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (("data.pkl", pickle.dumps({}, protocol=2)), ("constants.pkl", b""), ("version", b"3\n")):
@@ -91,6 +103,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200] if path.exists() else b"PK\3\4")
 
 
+LOSS_SCALER = b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n"
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pickle": (bare_pickle, "is not what torch.save writes"),
     "a pickle in torch's archive": (torch_saved(Bomb()), "would call posix.open"),
@@ -108,6 +121,15 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         "is not what torch.save writes",
     ),
     "TorchScript": (script, "is a TorchScript archive"),
+    "a state for a class": (stated(LOSS_SCALER), "would call BUILD on deepspeed"),
+    "a state for a function": (stated(b"ctorch._utils\n_rebuild_tensor_v2\n"), "would call BUILD on torch._utils"),
+    "a state for a class by the memo": (stated(LOSS_SCALER + b"q\0" + b"0h\0"), "would call BUILD on deepspeed"),
+    "a state for a class that lies below a mark": (stated(LOSS_SCALER + b"(0"), "would call BUILD on deepspeed"),
+    "a state for a class that a call hands on": (
+        stated(b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX\1\0\0\0O\x85R" + LOSS_SCALER + b"\x86R"),
+        "would call BUILD on an instance by numpy",
+    ),
+    "a stack that does not hold what is taken": (stated(b"("), "is damaged"),
     "empty": (lambda path: void(path.write_bytes(b"")), "is not what torch.save writes"),
     "an archive of nothing": (lambda path: void(path.write_bytes(b"PK\3\4" + b"\0" * 99)), "is damaged"),
     "cut short": (cut, "is damaged"),

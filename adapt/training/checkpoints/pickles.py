@@ -42,6 +42,18 @@ _NAMES = {
 # Ways to name something else than by GLOBAL, of which torch.save writes none.
 _OTHER_WAYS = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER"}
 
+_PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
+_CALLS, _IN_PLACE = {"REDUCE", "NEWOBJ", "NEWOBJ_EX"}, {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_MARK, _MADE = "a mark", "an instance by "
+# BUILD sets attributes. On a class or a function they outlive the reading, and a changed __module__ is imported by the next save;
+# numpy's scalar hands on what it is given, so that only what these make may be given a state.
+_WITH_STATE = {
+    f"{_MADE}{name}"
+    for name in _NAMES
+    if name.rpartition(" ")[2]
+    in {"OrderedDict", "dtype", "_reconstruct", "LossScaler", "DynamicLossScaler", "fragment_address"}
+}
+
 
 def check_checkpoint(checkpoint: Path | None) -> None:
     """ValueError on all ranks, of which each looks at a share, where reading the checkpoint would run or reach what is not in it."""
@@ -89,17 +101,64 @@ def _of_file(path: Path, name: str) -> str | None:
             return f"{name} is a TorchScript archive, which is a program"
         strange = next(_strange(archive.get_record("data.pkl")), None)
     # What the archive's reader and pickletools raise for bytes that are neither.
-    except (IndexError, OSError, RuntimeError, ValueError) as error:
+    except (LookupError, OSError, RuntimeError, ValueError) as error:
         return f"{name} is damaged ({' '.join(str(error).split())[:80]})"
     return strange and f"{name} would call {strange[:80]}, which no checkpoint of ours does (it was not run)"
 
 
 def _strange(pickle: bytes) -> Iterator[str]:
+    stack: list[str | None] = []
+    memo: dict[int, str | None] = {}
     for code, argument, _ in pickletools.genops(pickle):
         if code.name == "GLOBAL" and argument not in _NAMES:
             yield str(argument).replace(" ", ".")
         elif code.name in _OTHER_WAYS:
             yield f"something by {code.name}"
+        changed = _step(stack, memo, code, argument)
+        if code.name == "BUILD" and changed not in _WITH_STATE:
+            yield f"BUILD on {changed or 'a value'}"
+
+
+def _step(
+    stack: list[str | None], memo: dict[int, str | None], code: pickletools.OpcodeInfo, argument: Any
+) -> str | None:
+    """What the instruction leaves on top of the stack: a global's name, what made an instance, a mark, or None for plain values.
+
+    ValueError where the stack holds something else than the instruction takes.
+    """
+    if code.name in _PUTS:
+        memo[len(memo) if argument is None else argument] = stack[-1]
+        return stack[-1]
+    if code.name in _GETS and argument not in memo:
+        raise ValueError(f"{code.name} of what is not there")
+    if code.name == "POP" and stack[-1] == _MARK:
+        return stack.pop()
+    target = _pop(stack, code.stack_before)
+    if code.name in _CALLS:
+        top = f"{_MADE}{target}"
+    elif code.name in _IN_PLACE or code.name == "DUP":
+        top = target
+    elif code.name in _GETS:
+        top = memo[argument]
+    else:
+        top = {"GLOBAL": str(argument), "MARK": _MARK}.get(code.name)
+    stack.extend([top] * len(code.stack_after))
+    return top
+
+
+def _pop(stack: list[str | None], operands: list[pickletools.StackObject]) -> str | None:
+    """Takes them off the stack; returns the first, on which the instruction works."""
+    count = len(operands)
+    if pickletools.stackslice in operands:
+        above = stack[::-1].index(_MARK) if _MARK in stack else len(stack)
+        del stack[len(stack) - above :]
+        count -= 1
+    taken = stack[len(stack) - count :] if count else []
+    expected = pickletools.markobject in operands
+    if len(taken) < count or taken.count(_MARK) != expected:
+        raise ValueError("its stack does not hold what an instruction takes")
+    del stack[len(stack) - count :]
+    return taken[0] if taken else None
 
 
 class _Loop(TrainerCallback):
