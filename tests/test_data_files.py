@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from training_fixtures import tiny_tokenizer
 
+from adapt.training.checkpoints.seal import data_files
 from adapt.training.data import rows as rows_module
 from adapt.training.data.examples import load_examples, load_rows
-from adapt.training.data.files import check_unchanged, stamps
+from adapt.training.data.files import check_unchanged, for_datasets, stamps
 from adapt.training.data.held_out import load_split
 from adapt.training.sections import DataConfig
 
@@ -25,6 +26,18 @@ GOOD = b'{"text": "cat"}\n'
 
 def config(train: str | list[str], **options: Any) -> DataConfig:
     return DataConfig(train=train, seq_len=32, **options)
+
+
+def test_a_byte_that_changes_anywhere_in_large_data_is_seen(tmp_path: Path) -> None:
+    """9 MB, changed where 64 samples would not look; the base's weights alone are sampled."""
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"a" * 9_000_000)
+    before, read_as = data_files(str(path)), for_datasets([str(path)])
+    with path.open("r+b") as file:
+        file.seek(100_000)
+        file.write(b"b")
+    assert data_files(str(path)) != before
+    assert for_datasets([str(path)]) != read_as
 
 
 # -- names

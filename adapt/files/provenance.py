@@ -8,12 +8,14 @@ import platform
 import struct
 import subprocess
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _HASHED_WHOLE = 4 << 30  # bytes; a few seconds
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_REMEMBERED = 64 << 20  # bytes from which a file is hashed once in a process, unless it changes
 _MODEL_FILES = (
     *("config.json", "adapter_config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
@@ -35,7 +37,7 @@ def sha256(file: Path | BinaryIO) -> str:
 
 
 def sampled_files(paths: Iterable[Path]) -> Files:
-    """Files by name: size, and the sha256 of at most 4 MiB spread over the file, so that it costs no time.
+    """Files by name: size, and the sha256 of at most 4 MiB spread over the file, so that it costs no time: for weights and reports.
 
     Not the time of modification: a copy or a checkout changes that and no content. What is no file is left out.
     """
@@ -47,15 +49,36 @@ def sampled_files(paths: Iterable[Path]) -> Files:
     return found
 
 
-def sampled(file: BinaryIO) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file that is open, as `sampled_files` has them."""
+def whole_files(paths: Iterable[Path]) -> Files:
+    """Files by name: size, and the sha256 of all bytes of a file of up to 4 GiB (a second a GB); for data, of which any line counts.
+
+    Of a larger file it is of 4 GiB, in pieces of 1 MiB that are spread evenly over it, its first and last bytes among them: what
+    changes between the pieces alone is not seen.
+    """
+    found: Files = {}
+    for path in paths:
+        if path.is_file():
+            at = path.stat()
+            look = _hash_once if at.st_size >= _REMEMBERED else _hash_once.__wrapped__
+            found[str(path)] = dict(look(str(path.absolute()), at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns))
+    return found
+
+
+@lru_cache(64)
+def _hash_once(path: str, *_: int) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return sampled(file, _HASHED_WHOLE >> 20, 1 << 20)
+
+
+def sampled(file: BinaryIO, samples: int = _SAMPLES, sample_bytes: int = _SAMPLE_BYTES) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file that is open, as `sampled_files` has them: of all of it where it is no more than the samples."""
     size, digest = file.seek(0, io.SEEK_END), hashlib.sha256()
     file.seek(0)
-    if size <= _SAMPLES * _SAMPLE_BYTES:
+    if size <= samples * sample_bytes:
         return {"bytes": size, "sha256": sha256(file)}
-    for i in range(_SAMPLES):  # the first and the last bytes among them
-        file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-        digest.update(file.read(_SAMPLE_BYTES))
+    for i in range(samples):  # the first and the last bytes among them
+        file.seek((size - sample_bytes) * i // (samples - 1))
+        digest.update(file.read(sample_bytes))
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

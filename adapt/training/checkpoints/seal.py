@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...files import marks, provenance, staging
-from ...files.provenance import sampled_files, sha256
+from ...files.provenance import sha256, whole_files
 
 COMPLETE = "COMPLETE"
 _DISTRIBUTIONS = ("accelerate", "adapt-dlm", "deepspeed", "peft", "torch", "transformers")
@@ -144,8 +144,8 @@ def _world_size() -> int:
 
 
 def data_files(train: str | list[str]) -> dict[str, dict[str, Any]]:
-    """Local training files by name, as they are now (`sampled_files`). A Hub dataset has none."""
-    return sampled_files(Path(name) for name in ([train] if isinstance(train, str) else train))
+    """Local training files by name, as they are now (`whole_files`). A Hub dataset has none."""
+    return whole_files(Path(name) for name in ([train] if isinstance(train, str) else train))
 
 
 def versions() -> dict[str, str]:

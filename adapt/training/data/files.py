@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from ... import progress
-from ...files.provenance import sampled_files
+from ...files.provenance import whole_files
 from ..sections import DataConfig
 from .rows import check_json, first_bad_row
 
@@ -110,7 +110,7 @@ def check_names(names: list[str]) -> None:
 
 def for_datasets(names: list[str]) -> dict[str, Any]:
     """How `load_dataset` reads these very files, and reads them anew when what is in them has changed."""
-    identity = json.dumps(sampled_files(Path(name) for name in names), sort_keys=True)
+    identity = json.dumps(whole_files(Path(name) for name in names), sort_keys=True)
     return {
         "data_files": [glob.escape(os.path.abspath(name)) for name in names],
         "name": f"adapt-{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
