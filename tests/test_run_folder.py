@@ -145,7 +145,20 @@ def model_of_ones_own(run: Path) -> str:
     return "model"
 
 
+def samples_of_ones_own(run: Path) -> str:
+    run.mkdir(exist_ok=True)
+    (run / "samples.jsonl").write_text("mine\n")  # where a run that goes on has written none
+    return "samples.jsonl there is not of this run"
+
+
+def bad_steps_of_ones_own(run: Path) -> str:
+    run.mkdir(exist_ok=True)
+    (run / "bad_steps.jsonl").write_text("mine\n")
+    return "bad_steps.jsonl there is not of this run"
+
+
 THEIRS = [
+    samples_of_ones_own, bad_steps_of_ones_own,
     foreign_checkpoint, config_of_ones_own, metrics_of_ones_own, versions_of_ones_own, staged_of_ones_own,
     adapter_of_ones_own, checkpoints_that_are_a_file, lock_of_ones_own, mark_of_ones_own, model_of_ones_own,
 ]  # fmt: skip

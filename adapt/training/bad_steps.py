@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from .. import progress
+from .checkpoints.run_folder import grow
 from .data.batch import PackedRows
 from .sections import TrainingConfig
 
@@ -117,8 +119,7 @@ class StepGuard(TrainerCallback):
                 for place, text in zip(places, texts, strict=True)
             ]
             line = {**bad._asdict(), "limit": self.limit, "rows": list(numbers), "examples": examples}
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            _append(path, line)
         shown = ", ".join(str(place.example) for place in places[:12]) + (", ..." if len(places) > 12 else "")
         why = f"loss {bad.loss:.4g}, grad_norm {bad.grad_norm:.4g}"
         if bad.loss > self.limit:
@@ -154,3 +155,12 @@ def _leave_out(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    try:
+        grow(path)
+    except ValueError as error:  # a user's, put there since the run began: no reason to end it, on one rank alone
+        return progress.say(str(error))
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -69,10 +69,19 @@ def run_lock(output_dir: Path) -> Iterator[None]:
 
 
 def begin_run(output_dir: Path) -> str:
-    """Marks the folder, and lists what grows in it; returns the run that this is, or goes on with."""
+    """Marks the folder; returns the run that this is, or goes on with. What grows in it is listed when it is first written."""
     run = marks.adopt(output_dir)
-    marks.record(output_dir, {name: {} for name in (".lock", *_GROWING)})
+    marks.record(output_dir, {".lock": {}})
     return run
+
+
+def grow(path: Path) -> None:
+    """Called before a file that grows is written to: lists it where it is not there yet; ValueError for a user's."""
+    if marks.mark_of(path.parent) is None:  # not a run's folder
+        return
+    marks.check_ours(path.parent, [path.name], "training.output_dir")
+    if not os.path.lexists(path):
+        marks.record(path.parent, {path.name: {}})
 
 
 def run_of(output_dir: Path) -> str | None:

@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ...files.staging import write_whole
+from ..checkpoints.run_folder import grow
 
 _COUNTS = ("num_tokens", "num_useful", "num_clean")  # of what was computed, whatever came of it
 _SUMS = (
@@ -116,6 +117,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
+            grow(self.path)
             drop_lines_after(self.path, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

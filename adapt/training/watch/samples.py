@@ -26,6 +26,7 @@ from ...decoding.settings import SamplerConfig
 from ...lm import DiffusionLM
 from ...spec import DiffusionSpec
 from ...tokens import start_token_id, text_ids
+from ..checkpoints.run_folder import grow
 from ..recipe import Recipe
 from .metrics import RunningMetrics, drop_lines_after
 from .trackers import log_to_trackers
@@ -72,6 +73,7 @@ class Samples(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
+            grow(self.path)
             lines = drop_lines_after(self.path, state.global_step)
             self.last = lines[-1] if lines else None
 
