@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapt.files import marks, outputs
+from adapt.training.checkpoints.run_folder import check_adoptable
 
 ROOT = Path(__file__).resolve().parents[1]
 # What may remove a file or give one another's name, and why.
@@ -254,7 +255,7 @@ def test_a_link_for_a_run_is_refused_before_anything_is_written(tmp_path: Path) 
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to("disk")
     with pytest.raises(ValueError, match=r"training\.output_dir=.*run: is a link to disk; give that folder itself"):
-        marks.check_adoptable(tmp_path / "run", "training.output_dir")
+        check_adoptable(tmp_path / "run", "training.output_dir")
     assert list((tmp_path / "disk").iterdir()) == []
 
 

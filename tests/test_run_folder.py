@@ -179,6 +179,45 @@ def test_what_is_in_the_way_is_refused_and_nothing_is_touched(folder: Path, caps
     assert tree(run) == before
 
 
+@pytest.mark.parametrize("rest", [[], [f".{marks.MARK}.123.incomplete"]], ids=["empty", "half a mark"])
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint-6", ".model.incomplete", "adapter"])
+def test_a_kill_between_a_folder_and_its_mark_is_gone_on_from(folder: Path, name: str, rest: list[str]) -> None:
+    (folder / "run" / name).mkdir()
+    for half in rest:
+        (folder / "run" / name / half).write_text("{")
+    assert cli.main(["train", *argv(folder)]) == 0
+    assert name == "adapter" or not (folder / "run" / name).exists()
+    assert (folder / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("where", range(4))
+def test_a_kill_while_the_model_gets_its_mark_is_gone_on_from(folder: Path, monkeypatch, where: int) -> None:
+    """The kill comes before the where-th write or rename of the publishing."""
+    calls = iter(range(99))
+    real = marks.publish_marked
+
+    def killed(*arguments: Any) -> None:
+        def dies(of: Any) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
+                if next(calls) == where:
+                    raise KeyboardInterrupt
+                return of(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("_identities", "_write", "publish", "_names"):
+                patch.setattr(marks, name, dies(getattr(marks, name)))
+            real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(marks, "publish_marked", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(recipe(folder))
+    assert cli.main(["train", *argv(folder)]) == 0
+    assert (folder / "run" / "model" / "config.json").is_file()
+
+
 def test_a_recipe_that_is_the_config_file_is_not_overwritten(folder: Path, capsys, monkeypatch) -> None:
     shutil.rmtree(folder / "run")
     (folder / "run").mkdir()

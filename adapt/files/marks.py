@@ -83,10 +83,10 @@ def is_ours(folder: Path, run: str | None = None) -> bool:
 
 
 def holds_nothing_else(folder: Path, run: str | None) -> bool:
-    """Whether we made the folder in that run, and all that is in it is as we wrote it."""
+    """Whether we made the folder in that run, and all that is in it is as we wrote it; or nothing is in it yet."""
     mark = mark_of(folder)
     if mark is None or mark.run != run:
-        return False
+        return is_hardly_begun(folder)
     found = (path for path in folder.rglob("*") if path.name != MARK and (path.is_symlink() or not path.is_dir()))
     inside = {str(path.relative_to(folder)) for path in found}
     return mark.files is None or (inside <= mark.files.keys() and changed_since_written(folder) is None)
@@ -167,14 +167,6 @@ def check_ours(folder: Path, names: Iterable[str], setting: str) -> None:
             )
 
 
-def check_adoptable(folder: Path, setting: str) -> None:
-    """ValueError, of `setting`, for a link, and for a folder with something of another's where our mark belongs."""
-    if folder.is_symlink():
-        raise ValueError(f"{setting}={folder}: is a link to {os.readlink(folder)}; give that folder itself")
-    if os.path.lexists(folder / MARK) and mark_of(folder) is None:
-        raise ValueError(f"{setting}={folder}: {MARK} there is not of this run; move it, or choose another folder")
-
-
 def check_free(path: Path) -> None:
     """ValueError if something has that name, a link included."""
     if os.path.lexists(path):
@@ -252,13 +244,15 @@ def _write(folder: Path, mark: Mark) -> None:
     write_whole(folder / MARK, json.dumps({"maker": _MAKER, **mark._asdict()}, indent=1) + "\n")
 
 
+def is_hardly_begun(folder: Path) -> bool:
+    """Of a folder that a kill has left between its making and its mark: empty, or with no more in it than the mark's beginning."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return all(path.name.startswith(f".{MARK}.") and path.is_file() for path in folder.iterdir())
+
+
 def remove_hardly_begun(folder: Path) -> None:
-    """A folder that a kill has left between its making and its mark: empty, or with no more in it than the mark's beginning."""
-    if (
-        folder.is_dir()
-        and not folder.is_symlink()
-        and all(path.name.startswith(f".{MARK}.") for path in folder.iterdir())
-    ):
+    if is_hardly_begun(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -140,6 +140,7 @@ def remove_unfinished(output_dir: Path, resumed_from: Path | None) -> None:
     for path in numbered_checkpoints(output_dir):
         if path not in whole:
             marks.remove(path, run)
+            marks.remove_hardly_begun(path)
         elif resumed_from is not None and step_of(path) > step_of(resumed_from):
             marks.set_aside(path, "damaged")
     marks.remove(output_dir / ".model.incomplete", run)

@@ -32,9 +32,19 @@ def check_run_folder(output_dir: str) -> Path:
     """The folder, in which this run can write and will replace nothing that is not its own; ValueError otherwise."""
     setting = "training.output_dir"
     folder = check_folder(output_dir, setting)
-    marks.check_adoptable(folder, setting)
+    check_adoptable(folder, setting)
     marks.check_ours(folder, (CONFIG, VERSIONS, *_GROWING), setting)
     return folder
+
+
+def check_adoptable(folder: Path, setting: str) -> None:
+    """ValueError, of `setting`, for a link, and for a folder with something of another's where our mark belongs."""
+    if folder.is_symlink():
+        raise ValueError(f"{setting}={folder}: is a link to {os.readlink(folder)}; give that folder itself")
+    if os.path.lexists(folder / marks.MARK) and marks.mark_of(folder) is None:
+        raise ValueError(
+            f"{setting}={folder}: {marks.MARK} there is not of this run; move it, or choose another folder"
+        )
 
 
 def check_nothing_in_the_way(output_dir: Path) -> None:
@@ -49,7 +59,8 @@ def check_nothing_in_the_way(output_dir: Path) -> None:
     if os.path.lexists(output_dir / "checkpoints") and not (output_dir / "checkpoints").is_dir():
         raise ValueError(f"{setting}={output_dir}: checkpoints there is no folder; move it, or choose another folder")
     for path in numbered_checkpoints(output_dir):
-        if not (path / COMPLETE).is_file() and not (run is not None and marks.is_ours(path, run)):
+        is_ours = marks.is_hardly_begun(path) or (run is not None and marks.is_ours(path, run))
+        if not (path / COMPLETE).is_file() and not is_ours:
             raise ValueError(
                 f"{setting}={output_dir}: checkpoints/{path.name} was not written by this run; move it, or choose another folder "
                 "(nothing was removed)"
