@@ -98,6 +98,27 @@ def test_other_bytes_with_the_old_date_are_read_anew(tmp_path: Path) -> None:
         assert list(load_rows(config(str(path)))["text"]) == [text]
 
 
+DATES = ["2024-01-01", "2024-01-01 10:00:00", "2024-01-01T10:00:00Z"]
+
+
+@pytest.mark.parametrize("date", DATES)
+def test_text_that_looks_like_a_date_is_text(tmp_path: Path, date: str) -> None:
+    """Also in a second file, where the first has other text, and in messages."""
+    messages = [{"role": "user", "content": date}, {"role": "assistant", "content": date}]
+    rows = {
+        "dates": {"prompt": "When?", "completion": date},
+        "words": {"prompt": "When?", "completion": "cat"},
+        "chat": {"messages": messages},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    words, dates = str(tmp_path / "words.jsonl"), str(tmp_path / "dates.jsonl")
+    assert list(load_rows(config(dates))["completion"]) == [date]
+    assert list(load_rows(config([words, dates]))["completion"]) == ["cat", date]
+    assert list(load_rows(config([dates, words]))["completion"]) == [date, "cat"]
+    assert list(load_rows(config(str(tmp_path / "chat.jsonl")))["messages"]) == [messages]
+
+
 def test_a_file_that_is_written_to_meanwhile_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD)

@@ -21,6 +21,7 @@ from datasets import Dataset, load_dataset
 from ... import progress
 from ...files.provenance import whole_files
 from ..sections import DataConfig
+from .dates_as_text import dates_as_text
 from .rows import check_json, first_bad_row
 
 _LOG = logging.getLogger("datasets.packaged_modules.json.json")
@@ -55,7 +56,8 @@ def read(config: DataConfig) -> Dataset:
             check_json(file)
     _LOG.disabled = True  # it says of each file what we say of the row
     try:
-        return load_dataset(loader, split="train", **for_datasets(files), **options)
+        with dates_as_text():
+            return load_dataset(loader, split="train", **for_datasets(files), **options)
     except Exception as error:  # datasets wraps whatever its readers raise
         reason = " ".join(str(error.__cause__ or error).split())
         if "corresponds to no data" in reason:
@@ -113,7 +115,7 @@ def for_datasets(names: list[str]) -> dict[str, Any]:
     identity = json.dumps(whole_files(Path(name) for name in names), sort_keys=True)
     return {
         "data_files": [glob.escape(os.path.abspath(name)) for name in names],
-        "name": f"adapt-{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+        "name": f"adapt-2-{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
     }
 
 
