@@ -172,10 +172,7 @@ def test_what_is_in_the_way_is_refused_and_nothing_is_touched(folder: Path, caps
         shutil.rmtree(run)
     message = put(run)
     before = tree(run)
-    if put is model_of_ones_own and begun:
-        assert cli.main(["train", *argv(folder)]) == 0  # it is taken for the run's own, and only named
-    else:
-        assert message in refused(argv(folder), capsys)
+    assert message in refused(argv(folder), capsys)
     assert tree(run) == before
 
 
@@ -216,6 +213,69 @@ def test_a_kill_while_the_model_gets_its_mark_is_gone_on_from(folder: Path, monk
             train.train(recipe(folder))
     assert cli.main(["train", *argv(folder)]) == 0
     assert (folder / "run" / "model" / "config.json").is_file()
+
+
+def changed_data(folder: Path) -> str:
+    rows = (folder / "pairs.jsonl").read_bytes()
+    (folder / "pairs.jsonl").write_bytes(rows.replace(b"a", b"b"))
+    return "data.train="
+
+
+def changed_base(folder: Path) -> str:
+    weights = load_file(folder / "base" / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "base" / "model.safetensors")
+    return "model.base="
+
+
+def emptied_model(folder: Path) -> str:
+    shutil.rmtree(folder / "run" / "model")
+    (folder / "run" / "model").mkdir()
+    return "model/ there is not the whole model of a run, it has no config.json"
+
+
+def model_without_weights(folder: Path) -> str:
+    (folder / "run" / "model" / "model.safetensors").unlink()
+    return "model/ there is not the whole model of a run, it has no model.safetensors"
+
+
+@pytest.mark.parametrize("change", [changed_data, changed_base, emptied_model, model_without_weights])
+def test_a_run_is_finished_of_what_it_was_trained_on_alone(folder: Path, capsys, change) -> None:
+    assert cli.main(["train", *argv(folder)]) == 0
+    assert cli.main(["train", *argv(folder)]) == 0
+    message = change(folder)
+    assert message in refused(argv(folder), capsys)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("spelling", ["{}", "./{}", "{}/../{}", "link"])
+def test_another_spelling_of_a_path_is_the_same_run(folder: Path, monkeypatch, spelling: str, finished: bool) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to("base")
+    base = "link" if spelling == "link" else spelling.format("base", "base")
+    data = f"../{folder.name}/pairs.jsonl" if spelling != "{}" else "pairs.jsonl"
+    if finished:
+        assert cli.main(["train", *argv(folder)]) == 0
+    assert cli.main(["train", *argv(folder, model__base=base, data__train=data)]) == 0
+
+
+def test_changed_data_under_another_spelling_is_noticed(folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    changed_data(folder)
+    assert "has changed since the run in" in refused(argv(folder, data__train="./pairs.jsonl"), capsys)
+
+
+@pytest.mark.parametrize("edit", ["key", "value", "aliases"])
+def test_a_recipe_edited_to_much_is_one_short_line(folder: Path, capsys, edit: str) -> None:
+    path = folder / "run" / "checkpoints" / "checkpoint-4" / "recipe.yaml"
+    content = yaml.safe_load(path.read_text())
+    if edit == "aliases":
+        lists = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]\n" for i in range(30))
+        path.write_text(lists + path.read_text())
+    else:
+        content["data"] |= {"x\n" * 20_000: 1} if edit == "key" else {"train": "y\n" * 20_000}
+        path.write_text(yaml.safe_dump(content))
+    reseal(path.parent)
+    assert len(refused(argv(folder), capsys)) < 600
 
 
 def test_a_recipe_that_is_the_config_file_is_not_overwritten(folder: Path, capsys, monkeypatch) -> None:

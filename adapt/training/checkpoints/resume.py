@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ...files import marks
-from ...files.provenance import Files, first_change
+from ...files.provenance import Files, first_change, model_files, sampled_files
+from ...settings.bounds import shown
 from ..model_section import ModelConfig
 from ..recipe import Recipe
 from ..sections import DataConfig, TrainingConfig
 from .damage import damage
-from .run_folder import CONFIG, flat, last_step, numbered_checkpoints, read_settings, run_of, step_of, whole_checkpoints
+from .run_folder import (
+    CONFIG,
+    VERSIONS,
+    flat,
+    last_step,
+    numbered_checkpoints,
+    read_settings,
+    run_of,
+    step_of,
+    whole_checkpoints,
+)
 from .seal import data_files, gathered, read_manifest, versions
 
 # What a run that goes on may have changed: where and how it computes, not what.
@@ -84,7 +97,7 @@ def check_same_model(recipe: Recipe, checkpoint: Path | None, folder: Path, file
 def finished_run(recipe: Recipe) -> Path | None:
     """The model that this recipe has been trained to already, which is said; None if output_dir holds no model.
 
-    ValueError if it holds the model of another run, or of one of another length.
+    ValueError if it holds the model of another run, or of one of another length, base or data, or one that is not whole.
     """
     output_dir = Path(recipe.training.output_dir)
     final, saved = output_dir / "model", output_dir / CONFIG
@@ -101,9 +114,37 @@ def finished_run(recipe: Recipe) -> Path | None:
         raise ValueError(
             f"training.{now[0]}={now[1]}: the run in {output_dir} is finished (model/) and had {was[0]}={was[1]}; {way_out}"
         )
+    _check_nothing_changed(recipe, output_dir, way_out)
     steps = last_step(output_dir) or recipe.training.num_steps
     _say(f"{output_dir}: is finished (model/, {steps} steps); choose another training.output_dir to train anew")
     return final
+
+
+def _check_nothing_changed(recipe: Recipe, output_dir: Path, way_out: str) -> None:
+    final, mark = output_dir / "model", marks.mark_of(output_dir / "model")
+    needed = ["config.json"] if mark is None else list(mark.files or {})
+    if missing := next((name for name in needed if not (final / name).is_file()), None):
+        raise ValueError(
+            f"training.output_dir={output_dir}: model/ there is not the whole model of a run, it has no {missing[:100]}; {way_out}"
+        )
+    before = _json_object(output_dir / VERSIONS)
+    _check_data(recipe, before.get("data"))
+    note = output_dir / "converted_from.json"
+    files = _json_object(note).get("files") if note.is_file() else before.get("model")
+    now = model_files(recipe.model.base)
+    if isinstance(files, dict) and files and now and (changed := first_change(files, now)):
+        raise ValueError(
+            f"model.base={recipe.model.base}: {changed[:100]} has changed since the run in {output_dir} was finished (model/); "
+            f"{way_out}"
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def begun_precision(recipe: Recipe) -> str | None:
@@ -149,16 +190,28 @@ def remove_unfinished(output_dir: Path, resumed_from: Path | None) -> None:
 def _check_same_run(recipe: Recipe, saved: Path) -> None:
     before, now, defaults = read_settings(saved), flat(asdict(recipe)), _defaults()
     for key in sorted(before.keys() | now.keys()):
-        if key in _FREE or before.get(key) == now.get(key):
+        if key in _FREE or _resolved(key, before.get(key)) == _resolved(key, now.get(key)):
             continue
         if key == "data.eval" and not isinstance(before.get(key), float) and not isinstance(now[key], float):
             continue  # other files, or none: what is trained on stays
         if key in before or now[key] != defaults.get(key):  # a setting that is newer than the run counts as its default
-            was = "no such setting" if before.get(key) is None else before[key]
+            was = "no such setting" if before.get(key) is None else shown(before[key])
             raise ValueError(
-                f"{key}={now.get(key)}: the run in {saved.parent} was started with {was}; set that to go on with it, or choose "
-                "another training.output_dir"
+                f"{' '.join(key.split())[:80]}={now.get(key)}: the run in {saved.parent} was started with {was}; "
+                "set that to go on with it, or choose another training.output_dir"
             )
+
+
+def _resolved(key: str, value: object) -> object:
+    """A path that is there in its one spelling; any other value as it is."""
+    if key not in ("model.base", "data.train"):
+        return value
+    names = value if isinstance(value, list | tuple) else [value]
+    return [_real(name) if isinstance(name, str) else name for name in names]
+
+
+def _real(name: str) -> str:
+    return name if "\0" in name or not os.path.exists(name) else os.path.realpath(name)
 
 
 def _length(settings: dict[str, object]) -> tuple[str, object]:
@@ -179,19 +232,27 @@ def _say_changed_length(recipe: Recipe, saved: Path) -> None:
 
 def _check_same_data(recipe: Recipe, checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
-    now = data_files(recipe.data.train)
-    for name, before in manifest.get("data", {}).items():
-        if name in now and now[name] != before:
-            raise ValueError(
-                f"data.train={name}: has changed since the run in {recipe.training.output_dir} began ({before['bytes']:,} bytes "
-                f"then, {now[name]['bytes']:,} now); put it back to go on, or choose another training.output_dir"
-            )
+    _check_data(recipe, manifest.get("data"))
     were, are = manifest.get("versions", {}), versions()
     changed = [
         f"{name} {were[name]}, now {are[name]}" for name in sorted(were.keys() & are.keys()) if were[name] != are[name]
     ]
     if changed:
         _say(f"{checkpoint.name} was written with {'; '.join(changed)}: the curve may differ in its last digits")
+
+
+def _check_data(recipe: Recipe, recorded: Any) -> None:
+    """ValueError where a file of data.train is another one than was recorded of it, under whatever spelling of its path."""
+    then = {_real(name): found for name, found in recorded.items()} if isinstance(recorded, dict) else {}
+    for name, now in data_files(recipe.data.train).items():
+        before = then.get(_real(name))
+        # Earlier versions have sampled what they recorded.
+        if not isinstance(before, dict) or before in (now, sampled_files([Path(name)])[name]):
+            continue
+        raise ValueError(
+            f"data.train={name}: has changed since the run in {recipe.training.output_dir} began ({before.get('bytes')} bytes "
+            f"then, {now['bytes']} now); put it back to go on, or choose another training.output_dir"
+        )
 
 
 def _say(line: str) -> None:

@@ -18,13 +18,12 @@ from typing import Any
 
 from ...files import marks
 from ...files.outputs import check_folder, locked
-from ...files.user_text import plain_yaml
+from ...files.user_text import MOST_YAML, plain_yaml
 from ..recipe import Recipe
 from .seal import COMPLETE
 
 CONFIG, VERSIONS, METRICS = "config.yaml", "versions.json", "metrics.jsonl"
 _GROWING = (METRICS, "samples.jsonl", "bad_steps.jsonl")
-_MOST_BYTES = 1 << 20  # of a recipe
 _DEEPEST, _MOST_SETTINGS = 4, 1000  # sections, settings, and what a setting like lr_scheduler_options holds
 
 
@@ -139,7 +138,7 @@ def _is_number(text: str) -> bool:
 def read_settings(path: Path) -> dict[str, object]:
     """Every setting of a recipe that a run has written, by its dotted name; ValueError for a file that is none."""
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if path.stat().st_size > MOST_YAML:
             raise ValueError("too large")
         sections = plain_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
