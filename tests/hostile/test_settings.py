@@ -5,6 +5,7 @@ The bounds themselves are held in tests/test_settings.py; here each verb is aske
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -151,6 +152,47 @@ LM_EVAL = ("--limit=nan", "--limit=-1", "--limit=inf", "--num_fewshot=-1", "--nu
 @pytest.mark.parametrize("option", LM_EVAL)
 def test_settings_of_lm_eval_that_are_none_are_refused(yard: Path, option: str) -> None:
     attack(yard, ["lm_eval", "--model", "adapt", "--model_args", "pretrained=checkpoint", "--tasks", "pairs", option])
+
+
+@pytest.mark.parametrize("model_args", [[], ["--model_args", "threshold=0.8"]])
+def test_lm_eval_without_a_checkpoint_is_refused_before_the_model(yard: Path, model_args: list[str]) -> None:
+    attack(yard, ["lm_eval", "--model", "adapt", *model_args, "--tasks", "pairs"], "pretrained")
+
+
+def test_a_pipe_where_a_file_is_read_twice_is_refused(yard: Path) -> None:
+    os.mkfifo(yard / "pipe.txt")
+    attack(yard, ["compare", *MODELS["compare"], "--corpus", "pipe.txt"], "corpus=pipe.txt: is no file")
+    attack(yard, ["export", *MODELS["export"], "--report", "pipe.txt"], "report=pipe.txt: is no file")
+
+
+REPORTS = {
+    "deep": "[" * 5000,
+    "a list": "[]",
+    "a text": '"report"',
+    "an empty row": {"quality": [{}]},
+    "a text for a row": {"quality": ["a"]},
+    "a text for a number": {"quality": [{"task": "a", "metric": "b", "adapted": {"value": "c"}}]},
+    "a number for a task": {"quality": [{"task": 1, "metric": "b", "adapted": {"value": 1}}]},
+    "a text for rows": {"speed": "abc"},
+    "a text for provenance": {"provenance": "a"},
+    "a list for a sampler": {"provenance": {"arms": {"adapted": {}}, "sampler": [1]}},
+    "an unknown sampler": {"provenance": {"arms": {"adapted": {}}, "sampler": {"a": 1}}},
+    "a command without its end": {"provenance": {"arms": {"adapted": {}}, "command": "adapt 'x"}},
+    "a number for a command": {"provenance": {"arms": {"adapted": {}}, "command": 5}},
+}
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_a_report_that_is_none_is_refused(yard: Path, kind: str) -> None:
+    good = {
+        "provenance": {"arms": {"adapted": {}}},
+        **{key: [] for key in ("quality", "speed", "likelihood", "pareto")},
+    }
+    made = REPORTS[kind]
+    text = made if isinstance(made, str) else json.dumps(good | {"warnings": []} | made)
+    (yard / "report.json").write_text(text)
+    (yard / "report.md").write_text("# Report")
+    attack(yard, ["export", *MODELS["export"], "--report", "report.json"], "report=report.json: ")
 
 
 RECIPES = {
