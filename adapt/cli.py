@@ -119,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, args: list[str]) -> int | None:
     """Runs it, and speaks for what does not speak for itself."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ValueError(f"{name}={os.environ[name]}: must be a whole number, as a launcher sets it; unset it")
     module, _, function = VERBS[verb].target.partition(":")
     with progress.doing(f"adapt {verb}", bar=False):
         with progress.doing(f"adapt {verb}: starting"):

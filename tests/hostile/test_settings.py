@@ -5,7 +5,6 @@ The bounds themselves are held in tests/test_settings.py; here each verb is aske
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -159,40 +158,21 @@ def test_lm_eval_without_a_checkpoint_is_refused_before_the_model(yard: Path, mo
     attack(yard, ["lm_eval", "--model", "adapt", *model_args, "--tasks", "pairs"], "pretrained")
 
 
-def test_a_pipe_where_a_file_is_read_twice_is_refused(yard: Path) -> None:
-    os.mkfifo(yard / "pipe.txt")
-    attack(yard, ["compare", *MODELS["compare"], "--corpus", "pipe.txt"], "corpus=pipe.txt: is no file")
-    attack(yard, ["export", *MODELS["export"], "--report", "pipe.txt"], "report=pipe.txt: is no file")
+SMALL = {"sampler.temperature": "1e-40", "sampler.top_p": "1e-300", "device": "meta"}
 
 
-REPORTS = {
-    "deep": "[" * 5000,
-    "a list": "[]",
-    "a text": '"report"',
-    "an empty row": {"quality": [{}]},
-    "a text for a row": {"quality": ["a"]},
-    "a text for a number": {"quality": [{"task": "a", "metric": "b", "adapted": {"value": "c"}}]},
-    "a number for a task": {"quality": [{"task": 1, "metric": "b", "adapted": {"value": 1}}]},
-    "a text for rows": {"speed": "abc"},
-    "a text for provenance": {"provenance": "a"},
-    "a list for a sampler": {"provenance": {"arms": {"adapted": {}}, "sampler": [1]}},
-    "an unknown sampler": {"provenance": {"arms": {"adapted": {}}, "sampler": {"a": 1}}},
-    "a command without its end": {"provenance": {"arms": {"adapted": {}}, "command": "adapt 'x"}},
-    "a number for a command": {"provenance": {"arms": {"adapted": {}}, "command": 5}},
-}
+@pytest.mark.parametrize("verb", ["generate", "compare"])
+def test_what_no_numbers_come_of_is_refused(yard: Path, verb: str) -> None:
+    for setting, value in SMALL.items():
+        attack(yard, [verb, *MODELS[verb], f"--{setting}={value}"], f"{setting}={value}")
 
 
-@pytest.mark.parametrize("kind", REPORTS)
-def test_a_report_that_is_none_is_refused(yard: Path, kind: str) -> None:
-    good = {
-        "provenance": {"arms": {"adapted": {}}},
-        **{key: [] for key in ("quality", "speed", "likelihood", "pareto")},
-    }
-    made = REPORTS[kind]
-    text = made if isinstance(made, str) else json.dumps(good | {"warnings": []} | made)
-    (yard / "report.json").write_text(text)
-    (yard / "report.md").write_text("# Report")
-    attack(yard, ["export", *MODELS["export"], "--report", "report.json"], "report=report.json: ")
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_a_rank_that_is_no_number_is_refused(yard: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("x", "", "-1"):
+        monkeypatch.setenv(name, value)
+        for verb in ("train", "doctor"):
+            attack(yard, [verb, *MODELS[verb]], f"{name}={value}:")
 
 
 RECIPES = {
