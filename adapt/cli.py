@@ -14,8 +14,9 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from . import progress
 from .doctor import bug_report
@@ -84,13 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With `--debug` anywhere among the arguments an error is raised, not summed up, and libraries say what they like.
     """
+    _open_closed_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     if not args or args[0] in ("-h", "--help"):
-        return _quiet_when_closed(lambda: print(_help()))
+        return _printed(_help())
     if args[0] == "--version":
-        return _quiet_when_closed(lambda: print(_version()))
+        return _printed(_version())
     verb, *rest = args
     if verb not in VERBS:
         return _complain("adapt", _unknown(verb), code=2)
@@ -117,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, args: list[str]) -> int | None:
     """Runs it, and speaks for what does not speak for itself."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ValueError(f"{name}={os.environ[name]}: must be a whole number, as a launcher sets it; unset it")
     module, _, function = VERBS[verb].target.partition(":")
     with progress.doing(f"adapt {verb}", bar=False):
         with progress.doing(f"adapt {verb}: starting"):
@@ -164,6 +169,28 @@ def _quiet_when_closed(job: Callable[[], int | None]) -> int:
         return 141
 
 
+def _printed(text: str) -> int:
+    try:
+        return _quiet_when_closed(lambda: print(text))
+    except OSError as error:
+        return _complain("adapt", f"output: cannot be written ({error.strerror}); give it another place", code=1)
+
+
+def _open_closed_streams() -> None:
+    """What was closed before we began (`>&-`) is None to Python, which libraries and we write to: it goes nowhere, without a word."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as we run)
+
+
+def _drop_unwritable(stream: TextIO) -> None:
+    """Lets what a stream holds and cannot be written go nowhere: the interpreter would write it again at exit, and say so."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _one_line(error: Exception) -> str | None:
     """What to tell the user in one line, or None when only we can mend it."""
     if short := shortage_line(error):
@@ -181,7 +208,10 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _complain(who: str, what: str, *, code: int) -> int:
-    print(f"{who}: error: {what}", file=sys.stderr)
+    with suppress(OSError):  # a full disk: the exit code has to say it
+        print(f"{who}: error: {what}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        _drop_unwritable(stream)
     return code
 
 

@@ -99,7 +99,8 @@ def _read(argv: list[str]) -> tuple[Any, SamplerConfig, list[str]]:
 
 def _prompts(file: str) -> list[str]:
     text = user_text(Path(file), "prompts", "a text file with one prompt a line")
-    prompts = [line for line in text.splitlines() if line.strip()]
+    # By \n alone: splitlines() also cuts at U+2028 and form feeds, which are of a prompt's own.
+    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"prompts={file}: holds no prompt; write one a line")
     return prompts

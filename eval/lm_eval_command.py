@@ -97,11 +97,13 @@ def _check(options: Any) -> None:
     check_value("limit", given.get("limit"), _Limit | None)
     check_value("num_fewshot", given.get("num_fewshot"), Shots | None)
     model_args = given.get("model_args")
-    if given.get("model") != "adapt" or not isinstance(model_args, dict):
+    if given.get("model") != "adapt" or not isinstance(model_args, dict | None):
         return
-    check_model_args(model_args)
-    if "pretrained" in model_args:
+    check_model_args(model_args or {})
+    if model_args and "pretrained" in model_args:
         check_named_folders(model_args["pretrained"], model_args.get("adapter"), "pretrained")
+    elif not given.get("config"):  # a file of lm-eval's may name it
+        raise ValueError("model_args: has no pretrained, the checkpoint; add --model_args pretrained=FOLDER")
 
 
 def _move(results: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -201,6 +202,27 @@ def test_unknown_verb_is_refused_with_the_nearest_one(capsys, typed: str, hint: 
     assert cli.main([typed]) == 2
     err = capsys.readouterr().err
     assert err == f"adapt: error: unknown verb '{typed}': {hint}allowed: {', '.join(sorted(cli.VERBS))}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        ("--help >&-", 0, ""),
+        ("--help 2>&-", 0, ""),
+        ("nosuch 2>&-", 2, ""),
+        ("nosuch 2>/dev/full", 2, ""),
+        (
+            "--help >/dev/full",
+            1,
+            "adapt: error: output: cannot be written (No space left on device); give it another place\n",
+        ),
+    ],
+)
+def test_an_output_that_takes_nothing_ends_without_a_traceback(arguments: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.quote(sys.executable)} -m adapt.cli {arguments}"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_a_closed_pipe_is_quiet(verbs: None, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import adapt
 from adapt.cli import main as cli
 from adapt.decoding.settings import SETTINGS
 from adapt.decoding.show import CanvasView
+from adapt.generate import _prompts
 
 FIGURES = r"^\d+ tokens, \d+ forwards, \d+\.\d\d tokens per forward, [\d.]+ tokens/s$"
 
@@ -37,6 +38,11 @@ def test_a_prompt_is_continued_and_what_it_cost_is_said(folder, capsys):
     lines = err.strip().splitlines()
     assert re.match(FIGURES, lines[-1])
     assert int(re.findall(r"\d+", lines[-1])[1]) == err.count("round ")
+
+
+def test_a_prompt_ends_where_its_line_does(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("one\u2028line\r\na page\x0cand the next\n\n".encode())
+    assert _prompts(str(tmp_path / "prompts.txt")) == ["one\u2028line", "a page\x0cand the next"]
 
 
 def test_a_file_of_prompts_gives_a_json_line_each_whatever_the_batch(folder, capsys, tmp_path):

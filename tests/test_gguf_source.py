@@ -313,3 +313,58 @@ def test_architectures_whose_vocabulary_is_counted_by_its_tokens_keep_it() -> No
     mapping = pytest.importorskip("transformers.integrations.ggml").GGUF_CONFIG_MAPPING
     uncounted = {name for name, keys in mapping.items() if "vocab_size" not in keys} - {"general", "tokenizer"}
     assert uncounted == NEED_VOCABULARY
+
+
+def set_number(path: Path, key: str, value: int) -> Path:
+    content = bytearray(path.read_bytes())
+    at = content.index(key.encode()) + len(key) + 4
+    content[at : at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("claimed, message", [(1, "would leave some unread"), (3, "no weights for"), (40, "asks for")])
+def test_a_header_with_another_number_of_layers_than_the_file_is_refused(
+    claimed: int, message: str, tmp_path: Path
+) -> None:
+    path = set_number(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="smollm"), "llama.block_count", claimed)
+    with pytest.raises(ValueError, match=rf"^base=.*{message}"):
+        gguf_to_folder(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("llama.block_count", 10**6),
+        ("llama.block_count", 0),
+        ("llama.embedding_length", 1 << 30),
+        ("llama.embedding_length", 1 << 20),
+        ("llama.embedding_length", 17),
+        ("llama.vocab_size", 1 << 30),
+        ("llama.vocab_size", 1 << 27),
+        ("llama.feed_forward_length", 1 << 27),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", 3),
+        ("llama.attention.head_count_kv", 0),
+        ("llama.rope.dimension_count", 0),
+        ("llama.context_length", 0),
+        ("general.alignment", 1 << 30),
+        ("general.alignment", 48),
+        ("tokenizer.ggml.eos_token_id", 1 << 31),
+        ("tokenizer.ggml.bos_token_id", 1 << 31),
+        ("tokenizer.ggml.tokens", 1 << 20),  # the number that tells what the array holds
+        ("GGUF", 7),
+    ],
+)
+def test_numbers_of_a_header_that_no_model_has_are_refused_in_one_line(key: str, value: int, tmp_path: Path) -> None:
+    path = set_number(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="smollm", alignment=64), key, value)
+    with pytest.raises(ValueError, match=r"^base=[^\n]*$"):
+        gguf_to_folder(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("merges", [["a", "b"], ["a b c", "a b"], ["zz yy", "a b"]])
+def test_merges_that_are_none_are_refused_in_one_line(merges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "MERGES", merges)
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="smollm")
+    with pytest.raises(ValueError, match=r"^base=[^\n]*$"):
+        load_tokenizer(path)

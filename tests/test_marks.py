@@ -299,3 +299,15 @@ def test_a_lock_is_not_followed_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be written"), outputs.locked(tmp_path / ".lock", "out=x"):
         pass
     assert (tmp_path / "precious").read_text() == ""
+
+
+def test_what_is_replaced_is_not_written_through_a_link(tmp_path: Path) -> None:
+    report, staged, elsewhere = tmp_path / "report", tmp_path / "staged", tmp_path / "elsewhere"
+    (elsewhere / "base").mkdir(parents=True)
+    marks.adopt(report)
+    (report / "samples").symlink_to(elsewhere)
+    (staged / "samples" / "base").mkdir(parents=True)
+    (staged / "samples" / "base" / "task.jsonl").write_text("new")
+    with pytest.raises(ValueError, match="nothing was overwritten"):
+        marks.replace_contents(report, staged)
+    assert tree(elsewhere) == {}

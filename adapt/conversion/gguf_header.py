@@ -13,11 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files.model_config import check_sizes
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U32, _STRING, _ARRAY = 4, 8, 9
 _VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 NEED_VOCABULARY = frozenset({"gpt2", "starcoder2"})
 """architectures whose vocab_size transformers takes from the tokens alone"""
+
+_MOST_ALIGNMENT = 1 << 20  # bytes; llama.cpp writes 32
+# What GGUF calls the numbers that make modules and tensors, and what a config.json does.
+_SIZES = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "v_head_dim",
+    "rope.dimension_count": "rotary_dim",
+    "expert_count": "num_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_MAY_BE_ZERO = ("expert_count", "expert_feed_forward_length", "feed_forward_length")
 
 
 class _Entry(NamedTuple):
@@ -37,10 +57,15 @@ class Header:
     data: bytes
     """of the file, up to the end of the list of tensors"""
     version: int
-    num_tensors: int
+    shapes: dict[str, tuple[int, ...]]
+    """of the tensors; torch's are these from the last to the first"""
     entries: dict[str, _Entry]
     tensors: int
     """where the list of tensors begins"""
+
+    @property
+    def alignment(self) -> int:
+        return self.get("general.alignment") or 32
 
     def get(self, key: str) -> Any:
         """A number, text or bool; of an array its length; None where the key is not there."""
@@ -65,16 +90,40 @@ def read_header(path: Path) -> Header:
                 begin, (key, at) = at, _string(data, at)
                 (kind,) = struct.unpack_from("<I", data, at)
                 entries[key] = _Entry(begin, kind, at + 4, at := _end_of_value(data, kind, at + 4))
-            tensors = at
+            tensors, shapes = at, {}
             for _ in range(num_tensors):
-                _, at = _string(data, at)
+                name, at = _string(data, at)
                 (dimensions,) = struct.unpack_from("<I", data, at)
+                if dimensions > 8 or name in shapes:
+                    raise ValueError(f"a tensor {name[:60]!r} with {dimensions} dimensions, or twice")
+                shapes[name] = struct.unpack_from(f"<{dimensions}Q", data, at + 4)
                 at += 4 + 8 * dimensions + 4 + 8  # shape, type, place
             if at > len(data):
                 raise ValueError("its list of tensors goes beyond its end")
-            return Header(path, data[:at], version, num_tensors, entries, tensors)
-    except (ValueError, struct.error) as error:  # bytes that are no UTF-8 are a ValueError too
+            header = Header(path, data[:at], version, shapes, entries, tensors)
+            _check_numbers(header)
+            return header
+    # Bytes that are no UTF-8 are a ValueError too; places beyond what an offset can be are the last two.
+    except (ValueError, struct.error, IndexError, OverflowError) as error:
         raise ValueError(f"base={path}: damaged GGUF file ({error}); download it again") from error
+
+
+def _check_numbers(header: Header) -> None:
+    """ValueError for numbers that no model has, before a library makes lists, modules and paddings of them."""
+    entry, alignment = header.entries.get("general.alignment"), header.alignment
+    if entry is not None and (entry.kind != _U32 or alignment & (alignment - 1) or alignment > _MOST_ALIGNMENT):
+        raise ValueError(f"general.alignment={alignment}; must be a power of two, at most {_MOST_ALIGNMENT}")
+    architecture = header.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError("general.architecture is not there, or no text")
+    for name, config_name in _SIZES.items():
+        key = f"{architecture}.{name}"
+        if key not in header.entries or header.entries[key].kind == _ARRAY:  # one for each layer
+            continue
+        value = header.get(key)
+        if type(value) is not int or value < (0 if name in _MAY_BE_ZERO else 1):
+            raise ValueError(f"{key}={value!r:.60}; must be a whole number of at least 1")
+        check_sizes({config_name: value}, f"{key}:")
 
 
 def write_without_vocabulary(header: Header, out: Path, *, weights: bool = True) -> Path:
@@ -87,9 +136,9 @@ def write_without_vocabulary(header: Header, out: Path, *, weights: bool = True)
     if (num_tokens := header.get("tokenizer.ggml.tokens")) is not None:
         added = {f"{architecture}.vocab_size", "tokenizer.ggml.tokens"} - kept.keys()
         encoded += [_u32(key, num_tokens) for key in sorted(added)]
-    alignment = header.get("general.alignment") or 32
+    alignment = header.alignment
     with out.open("wb") as write, header.path.open("rb") as read:
-        write.write(b"GGUF" + struct.pack("<IQQ", header.version, header.num_tensors if weights else 0, len(encoded)))
+        write.write(b"GGUF" + struct.pack("<IQQ", header.version, len(header.shapes) if weights else 0, len(encoded)))
         write.writelines(encoded)
         if weights:
             write.write(header.data[header.tensors :])

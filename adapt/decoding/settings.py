@@ -11,6 +11,7 @@ from ..settings.bounds import Bounds, Tokens, check_settings
 Order = Literal["confidence", "left_to_right"]
 Threshold = Annotated[float, Bounds(0, 1, low_is_open=True)]
 THRESHOLD = 0.9
+_LEAST = 1e-6  # what float32 divides logits by without overflow, and does not round to 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "sampler")
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if 0 < value < _LEAST:
+                raise ValueError(f"sampler.{name}={value}: is too small; give {_LEAST:g} or more, or temperature 0")
         if self.threshold is not None and self.tokens_per_step is not None:
             raise ValueError(
                 f"sampler.threshold={self.threshold} and sampler.tokens_per_step={self.tokens_per_step}: are two rules for the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..decoding.settings import SamplerConfig
+from ..decoding.settings import SamplerConfig, changed
 from ..files.model_folder import licence_named
 from ..files.provenance import checkpoint_sha256
+from ..files.user_text import user_json
 from ..spec import DiffusionSpec
 
 TAGS = ["custom_generate", "diffusion", "masked-diffusion", "text-diffusion"]
@@ -33,20 +33,18 @@ class Report(NamedTuple):
     text: str
 
 
+_WANTED = "the report.json that `adapt compare` has written"
+
+
 def read_report(path: str | Path, checkpoint: Path) -> Report:
     """The report of this checkpoint by its report.json; ValueError where it is not one, or about other weights."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"report={path}: is no file; give {_WANTED}")
+    report = user_json(Path(path), "report", _WANTED)
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-        adapted = report["provenance"]["arms"]["adapted"]
-        rows = [*report["quality"], *report["speed"], *report["likelihood"], *report["pareto"]]
-        assert all(isinstance(row, dict) for row in [adapted, *rows])
-        assert all(isinstance(warning, str) for warning in report["warnings"])
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"report={path}: no such file; give the report.json that `adapt compare` has written"
-        ) from error
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"report={path}: not a report.json of `adapt compare` ({error!r})") from error
+        adapted = _checked(report)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"report={path}: not a report.json of `adapt compare` ({error!r:.120})") from error
     here = checkpoint_sha256(checkpoint)
     if any(name in adapted and adapted[name] != here[name] for name in here):
         raise ValueError(
@@ -58,6 +56,22 @@ def read_report(path: str | Path, checkpoint: Path) -> Report:
             f"report={path}: has no report.md beside it; leave it in the folder that `adapt compare` has written"
         )
     return Report(report, _without_paths(beside.read_text(encoding="utf-8"), report["provenance"].get("command")))
+
+
+def _checked(report: dict[str, Any]) -> dict[str, Any]:
+    """The adapted arm of a report, all of whose values that a card shows are of their kinds."""
+    provenance = report["provenance"]
+    adapted = provenance["arms"]["adapted"]
+    rows = [*report["quality"], *report["speed"], *report["likelihood"], *report["pareto"]]
+    assert all(isinstance(row, dict) for row in [adapted, *rows])
+    assert all(isinstance(warning, str) for warning in report["warnings"])
+    for row in report["quality"]:
+        assert all(isinstance(row[name], str) for name in ("task", "metric")), "a row of quality has no task or metric"
+        value = row["adapted"]["value"]
+        assert value is None or isinstance(value, int | float), "a row of quality has no number"
+    changed(SamplerConfig(), **(provenance.get("sampler") or {}))
+    shlex.split(provenance.get("command") or "")
+    return adapted
 
 
 def _without_paths(text: str, command: Any) -> str:

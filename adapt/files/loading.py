@@ -144,11 +144,11 @@ def skeleton(
                 f"{what}: {name} is stored with the shape {shape}, but config.json says {list(parameter.shape)}; "
                 "wrong config.json, or another model's weights?"
             )
-    _check_memory(model, what, sum(math.prod(shape) for shape in stored.values()))
+    check_memory(model, what, sum(math.prod(shape) for shape in stored.values()))
     return model
 
 
-def _check_memory(model: PreTrainedModel, what: str, num_stored: int) -> None:
+def check_memory(model: PreTrainedModel, what: str, num_stored: int) -> None:
     """ValueError for a model that takes memory for what is not stored, before it is taken."""
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > _BUFFERS:

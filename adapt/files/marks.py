@@ -157,10 +157,11 @@ def is_as_written(folder: Path, name: str) -> bool:
 
 
 def check_ours(folder: Path, names: Iterable[str], setting: str) -> None:
-    """ValueError, of `setting`, where one of those paths in the folder exists and is not as we wrote it."""
+    """ValueError, of `setting`, where one of those paths exists and is not as we wrote it, or a link on the way leads out."""
     for name in names:
         path = folder / name
-        if os.path.lexists(path) and not (is_as_written(folder, name) or is_ours(path)):
+        is_anothers = os.path.lexists(path) and not (is_as_written(folder, name) or is_ours(path))
+        if is_anothers or not _is_inside(folder, name):
             raise ValueError(
                 f"{setting}={folder}: {name} there is not of this run, or was changed since; move it, or choose another folder "
                 "(nothing was overwritten)"

@@ -57,7 +57,8 @@ class Spelled:
 
 MayBeEmpty = Annotated[str, "may be empty"]
 """A text that means something when it is empty; any other is refused then."""
-Device = Annotated[str, Spelled(r"[a-z]+(:\d{1,3})?", "cpu, cuda or cuda:N")]
+# torch calls meta the device that holds no numbers.
+Device = Annotated[str, Spelled(r"(?!meta)[a-z]+(:\d{1,3})?", "cpu, cuda or cuda:N")]
 
 # The largest are far above what any machine can do, and far below what would make one hang or overflow.
 Tokens = Annotated[int, Bounds(1, 2**24)]

@@ -16,6 +16,8 @@ def texts_of(corpus: str | Path) -> Iterator[str]:
     """The texts of a .txt file (one) or of a .jsonl file's `text` fields; .gz of either."""
     path = Path(corpus)
     check_user_file(path, "corpus", "a .txt or .jsonl file (or .gz of one)")
+    if not path.is_file():
+        raise ValueError(f"corpus={corpus}: is no file but a pipe or device, and it is read twice; give a file")
     kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
     if kind not in (".jsonl", ".txt"):
         raise ValueError(f"corpus={corpus}: give a .txt or .jsonl file (or .gz of one)")

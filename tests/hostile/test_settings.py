@@ -153,6 +153,28 @@ def test_settings_of_lm_eval_that_are_none_are_refused(yard: Path, option: str) 
     attack(yard, ["lm_eval", "--model", "adapt", "--model_args", "pretrained=checkpoint", "--tasks", "pairs", option])
 
 
+@pytest.mark.parametrize("model_args", [[], ["--model_args", "threshold=0.8"]])
+def test_lm_eval_without_a_checkpoint_is_refused_before_the_model(yard: Path, model_args: list[str]) -> None:
+    attack(yard, ["lm_eval", "--model", "adapt", *model_args, "--tasks", "pairs"], "pretrained")
+
+
+SMALL = {"sampler.temperature": "1e-40", "sampler.top_p": "1e-300", "device": "meta"}
+
+
+@pytest.mark.parametrize("verb", ["generate", "compare"])
+def test_what_no_numbers_come_of_is_refused(yard: Path, verb: str) -> None:
+    for setting, value in SMALL.items():
+        attack(yard, [verb, *MODELS[verb], f"--{setting}={value}"], f"{setting}={value}")
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_a_rank_that_is_no_number_is_refused(yard: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("x", "", "-1"):
+        monkeypatch.setenv(name, value)
+        for verb in ("train", "doctor"):
+            attack(yard, [verb, *MODELS[verb]], f"{name}={value}:")
+
+
 RECIPES = {
     "a key twice": "training: {num_steps: 2, num_steps: 900}",
     "a section twice": "noise: {}\nnoise: {}",
