@@ -65,14 +65,13 @@ def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
 
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*", "*.py")
-"""what is read of a model folder besides its licences"""
+"""what is read of every model folder besides its licences; a tokenizer's class may read files of any other name"""
+_NOT_READ = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".pdf", ".png", ".jpg", ".pt", ".pth"}
 
 
 def check_files(folder: Path, what: str) -> None:
     """ValueError, of `what`, where a file that would be read is none, or a link to somewhere else: it would be copied on from there."""
-    for path in sorted({path for pattern in _READ for path in folder.glob(pattern)} if folder.is_dir() else ()):
-        if path.name in LICENCES:
-            continue  # `copy_extras` leaves them out
+    for path in _readable(folder):
         name = path.relative_to(folder)
         if not _lies_in(folder, path):
             raise ValueError(
@@ -88,10 +87,24 @@ def check_files(folder: Path, what: str) -> None:
         )
 
 
+def _readable(folder: Path) -> list[Path]:
+    """What a library could read of the folder: all but documents, weights of kinds that we do not read, and what is not there."""
+    if not folder.is_dir():
+        return []
+    usual = {path for pattern in _READ for path in folder.glob(pattern)}
+    others = {
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() not in _NOT_READ and path.exists() and not path.is_dir()
+    }
+    return sorted(path for path in usual | others if path.name not in LICENCES)  # which `copy_extras` leaves out
+
+
 def _lies_in(folder: Path, path: Path) -> bool:
     """Whether a file of the folder is in it, or in the `blobs` of its repository, where the Hub's cache keeps all files."""
     home, target = folder.resolve(), path.resolve()
-    return home in target.parents or (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs")
+    blobs = (home.parent.parent / "blobs").resolve()  # may be a link to a larger disk
+    return home in target.parents or (home.parent.name == "snapshots" and target.parent == blobs)
 
 
 def licence_named(folder: Path) -> str | None:
