@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import adapt
 from adapt.conversion.convert import convert
 from adapt.files.loading import check_loaded, check_weights, model_of
-from adapt.files.model_config import without_code
+from adapt.files.model_config import check_sizes, without_code
 
 
 def with_tensors(folder: Path, **more: torch.Tensor) -> Path:
@@ -59,3 +59,9 @@ def test_missing_tensors_are_told_before_unexpected_ones() -> None:
 def test_what_names_python_is_dropped_at_every_depth() -> None:
     config = {"auto_map": 1, "a": {"custom_generate": 2, "b": [3]}, "custom_pipelines": {}}
     assert without_code(config) == {"a": {"b": [3]}}
+
+
+def test_lists_of_numbers_that_models_have_are_taken() -> None:
+    gpt_neo = {"attention_types": [[["global", "local"], 12]], "num_labels": 2}
+    mamba = {"time_step_limit": [0.0, float("inf")], "eos_token_id": [128001, 128009]}
+    check_sizes(gpt_neo | mamba | {"no_rope_layers": [1, 0], "sub": {"image_mean": [-0.5], "window": [-1, 4096]}}, "x")

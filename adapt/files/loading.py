@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from .hub import CONFIGS, TEXTS, local_folder
 from .json_file import read_json
-from .model_config import CONFIG, TRUST, check_made, drop_code, one_line, read_model_config
+from .model_config import CONFIG, TRUST, check_made, check_tokenizer_numbers, drop_code, one_line, read_model_config
 from .model_folder import check_files
 from .safetensors_folder import Shard, read_shards
 
@@ -49,7 +49,9 @@ def tokenizer_of(folder: str | Path, what: str, *, trust_remote_code: bool = Fal
     if (path / CONFIG).is_file():  # transformers looks there too
         read_model_config(path, what, trust_remote_code=trust_remote_code, todo=todo)
     if (path / "tokenizer_config.json").is_file():
-        code = read_json(path / "tokenizer_config.json", what).get("auto_map")
+        saved = read_json(path / "tokenizer_config.json", what)
+        check_tokenizer_numbers(saved, what)
+        code = saved.get("auto_map")
     try:
         with one_line(f"{what}: its tokenizer cannot be read"):
             tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
