@@ -204,10 +204,10 @@ def adapter(whole_yard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("to", [2**40, 0, -1, math.nan, "8", [8], True, 1000])
-@pytest.mark.parametrize("key", ["r", "rank_pattern"])
+@pytest.mark.parametrize("key", ["r", "init_r", "rank_pattern"])
 def test_an_adapter_of_an_absurd_rank_is_refused(yard: Path, adapter: Path, key: str, to: Any) -> None:
     shutil.copytree(adapter, yard / "adapter")
-    edited("adapter_config.json", key, to=to if key == "r" else {"q_proj": to})(yard / "adapter")
+    edited("adapter_config.json", key, to={"q_proj": to} if key == "rank_pattern" else to)(yard / "adapter")
     attack(yard, ["generate", "checkpoint", "--prompt", "cat", "--adapter", "adapter"], "adapter=adapter")
 
 
