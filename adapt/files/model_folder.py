@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
+import yaml
 
 from .json_file import read_json
 
@@ -63,6 +64,8 @@ def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
         raise ValueError(f"{setting}={folder}: not a model folder (no config.json in it)")
 
 
+_CARD = 1 << 20  # characters of a model card in which its metadata end
+_METADATA = re.compile(r"\s*---\n([\S\s]*?)\n---[ \t]*(?:\n|$)")
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*", "*.py")
 """what is read of every model folder besides its licences; a tokenizer's class may read files of any other name"""
@@ -109,13 +112,18 @@ def _lies_in(folder: Path, path: Path) -> bool:
 
 def licence_named(folder: Path) -> str | None:
     """The licence that the folder's model card (README.md) names in its metadata; None where it names none."""
-    from huggingface_hub import metadata_load
-
-    try:
-        found = (metadata_load(folder / "README.md") or {}).get("license")
-    except (OSError, ValueError, YAMLError):  # no card, or no metadata in it
+    path = folder / "README.md"
+    if not path.is_file() or not _lies_in(folder, path):  # a pipe or a device would be read for ever
         return None
-    return found if isinstance(found, str) else None
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            block = _METADATA.match(file.read(_CARD))
+        found = yaml.safe_load(block[1]) if block else None
+    # What the parser raises for deep nesting, and for numbers and dates that are none.
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, yaml.YAMLError):
+        return None
+    named = found.get("license") if isinstance(found, dict) else None
+    return named if isinstance(named, str) and len(named) < 200 else None
 
 
 def copy_json(source: Path, out: Path, what: str) -> None:
@@ -137,5 +145,5 @@ def copy_extras(source: Path, out: Path, *, trust_remote_code: bool) -> None:
         if wanted and path.is_file() and _lies_in(source, path):
             shutil.copyfile(path, out / path.name)
         # The card itself says things that are not true of a model that is made of this one.
-        if path.name == "README.md" and path.is_file() and _lies_in(source, path) and (named := licence_named(source)):
+        if path.name == "README.md" and (named := licence_named(source)):
             (out / "README.md").write_text(f"---\nlicense: {json.dumps(named)}\n---\n", encoding="utf-8")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from adapt.files.model_folder import check_files
+from adapt.files.model_folder import check_files, copy_extras, licence_named
 
 
 @pytest.fixture
@@ -41,3 +42,34 @@ def test_the_blobs_of_the_hubs_cache_may_be_a_link(folder: Path, tmp_path: Path)
     (folder.parent.parent / "blobs").symlink_to(tmp_path / "large_disk")
     (folder / "bpe.codes").symlink_to("../../blobs/0")
     check_files(folder, "base=x")
+
+
+CARDS = {
+    "5,000 brackets": "---\nlicense: " + "[" * 5000 + "]" * 5000 + "\n---\n",
+    "a list": "---\n- license\n---\n",
+    "no end": "---\nlicense: mit\n" + "a" * (2 << 20),
+    "a number that is none": "---\nlicense: !!int x\n---\n",
+    "a date that is none": "---\nlicense: 2020-99-99\n---\n",
+    "of another kind": "---\nlicense: [mit]\n---\n",
+    "no metadata": "# A model\n",
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_broken_model_card_names_no_licence(folder: Path, name: str) -> None:
+    (folder / "README.md").write_text(CARDS[name])
+    assert licence_named(folder) is None
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir])
+def test_a_model_card_that_is_no_file_is_not_read(folder: Path, tmp_path: Path, make) -> None:
+    make(folder / "README.md")
+    check_files(folder, "base=x")
+    assert licence_named(folder) is None
+    copy_extras(folder, tmp_path, trust_remote_code=False)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_model_card_names_its_licence(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- a\n---\n# A model\n")
+    assert licence_named(folder) == "apache-2.0"
