@@ -39,6 +39,8 @@ def config_of(
     with one_line(f"{what}: config.json makes no model"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     check_made(config, what)
+    # Not that of the machine it was saved on, which need not be had here.
+    config._attn_implementation = options.get("attn_implementation")
     return config if trust_remote_code else drop_code(config)
 
 
@@ -82,6 +84,7 @@ def weights_of(folder: str | Path, what: str, *, trust_remote_code: bool = False
     """`model_of` for a folder that was checked before: under ZeRO-3 a model cannot be made on the meta device to compare."""
     path = local_folder(folder, what, trust_remote_code=trust_remote_code)
     check_files(path, what)
+    options["config"] = config_of(path, what, trust_remote_code=trust_remote_code)  # which names no kernel
     with one_line(f"{what}: cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code, **options
