@@ -210,14 +210,7 @@ def spec_and_tokenizer(
     """What a checkpoint is besides its weights; ValueError where the two do not go together."""
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     what = f"checkpoint={folder}"
-    try:
-        config = config_of(folder, what, **trusted)
-    except OSError as error:
-        if Path(folder).exists():
-            raise
-        raise ValueError(
-            f"checkpoint={folder}: no such folder here, and the Hub does not give it; give the path of a folder with config.json"
-        ) from error
+    config = config_of(folder, what, **trusted)
     spec = DiffusionSpec.of(config, folder)
     tokenizer = tokenizer_of(folder, what, **trusted)
     if tokenizer.mask_token_id != spec.mask_token_id:

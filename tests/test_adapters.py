@@ -183,7 +183,7 @@ def test_adapters_that_do_not_fit_are_one_line_and_nothing_is_written(base_folde
         ),
         (llama, _edited(lora, tmp_path / "rank", r=3), "does not fit this LlamaForCausalLM"),
         (llama, _edited(lora, tmp_path / "modules", target_modules=["nothing"]), "does not fit this LlamaForCausalLM"),
-        (llama, _edited(lora, tmp_path / "kind", peft_type="NO_SUCH"), "does not fit this LlamaForCausalLM"),
+        (llama, _edited(lora, tmp_path / "kind", peft_type="NO_SUCH"), "no weights to merge .peft_type=NO_SUCH"),
         (llama, pickled, "pickled weights are not read"),
         (llama, broken, "adapter_config.json is not valid JSON"),
         (llama, cut, "is not a safetensors file"),

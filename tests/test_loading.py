@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import adapt
 from adapt.conversion.convert import convert
+from adapt.export.export import export
 from adapt.files.loading import check_loaded, check_weights, model_of
-from adapt.files.model_config import without_code
+from adapt.files.model_config import check_sizes, without_code
 
 
 def with_tensors(folder: Path, **more: torch.Tensor) -> Path:
@@ -59,3 +61,26 @@ def test_missing_tensors_are_told_before_unexpected_ones() -> None:
 def test_what_names_python_is_dropped_at_every_depth() -> None:
     config = {"auto_map": 1, "a": {"custom_generate": 2, "b": [3]}, "custom_pipelines": {}}
     assert without_code(config) == {"a": {"b": [3]}}
+
+
+def test_lists_of_numbers_that_models_have_are_taken() -> None:
+    gpt_neo = {"attention_types": [[["global", "local"], 12]], "num_labels": 2}
+    mamba = {"time_step_limit": [0.0, float("inf")], "eos_token_id": [128001, 128009]}
+    check_sizes(gpt_neo | mamba | {"no_rope_layers": [1, 0], "sub": {"image_mean": [-0.5], "window": [-1, 4096]}}, "x")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_of_the_machine_that_saved_a_model_is_not_asked_for_here(
+    base_folder, tmp_path: Path, key: str
+) -> None:
+    base = shutil.copytree(base_folder("qwen3"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {key: "flash_attention_2"}))
+    assert model_of(base, "base").config._attn_implementation == "sdpa"
+    assert model_of(base, "base", attn_implementation="eager").config._attn_implementation == "eager"
+    out = convert(base, tmp_path / "out", attention="prefix")
+    assert "flash" not in (out / "config.json").read_text()
+    spec = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(spec | {key: "flash_attention_2"}))
+    adapt.load(out, device="cpu")
+    export(out, tmp_path / "exported")

@@ -8,8 +8,8 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny_models import build_tokenizer, save_base
 
 from adapt.cli import main as cli
-from adapt.conversion import base_model as source
 from adapt.conversion.convert import convert
+from adapt.files import hub as source
 
 _CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

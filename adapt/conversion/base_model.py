@@ -11,24 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention.windows import layer_windows
 from ..files import adapters
+from ..files.hub import snapshot_of
 from ..files.json_file import read_json
 from ..files.loading import config_of, skeleton, tokenizer_of
 from ..files.model_config import without_code
-from ..files.model_folder import LICENCES
 from ..files.safetensors_folder import Shard, read_shards
-from ..files.staging import is_full_disk
 from .embedding_rows import embedding_names
 from .weight_plan import stored_dtype
 
 # Without any of them transformers makes an empty tokenizer, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
-_KEEP = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", *LICENCES)
 
 
 @dataclass(frozen=True)
@@ -85,34 +81,7 @@ def fetch(base: str | Path, scratch: Path, *, trust_remote_code: bool = False) -
         return gguf_to_folder(base, scratch / "dequantized", dtype=torch.float32), None
     if Path(base).is_dir():
         return Path(base), None
-    wanted = [*_KEEP, *(["*.py"] if trust_remote_code else [])]
-    try:
-        snapshot = Path(snapshot_download(str(base), allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
-    except GatedRepoError as error:
-        raise ValueError(
-            f"base={base}: its owner gives it only to those who have asked; ask on https://huggingface.co/{base}, then "
-            "`hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"base={base}: no such folder here, and the Hub has no model of that name that you may read; check the "
-            "spelling, or `hf auth login`"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"base={base}: no such folder here, and the Hub cannot be asked (offline, and the model is not in its cache); "
-            "give the path of a folder, or go online (and unset HF_HUB_OFFLINE) and try again"
-        ) from error
-    except Exception as error:  # huggingface_hub raises a dozen unrelated types; each means: no such model to be had
-        if is_full_disk(error):
-            raise ValueError(
-                f"base={base}: the disk of the Hub's cache is full ({constants.HF_HUB_CACHE}); free some space there, or move it "
-                "(export HF_HOME=/another/disk)"
-            ) from error
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(
-            f"base={base}: no such folder here, and the Hub does not give it ({type(error).__name__}: {reason})"
-        ) from error
+    snapshot = snapshot_of(str(base), f"base={base}", trust_remote_code=trust_remote_code)
     return snapshot, snapshot.name
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import progress
+from .adapter_config import check_adapter_config
 from .json_file import read_json
 from .loading import config_of, empty_model, model_of, tokenizer_of
 from .model_config import check_sizes
@@ -113,6 +114,7 @@ def _config(adapter: Path) -> dict[str, Any]:
             f"adapter={adapter}: asks for Python of its own (megatron_core={module!r:.60}), which was not run"
         )
     check_sizes(config, f"adapter={adapter}: {CONFIG}")
+    check_adapter_config(config, f"adapter={adapter}")
     _check_ranks(config, adapter)
     return config
 
@@ -129,7 +131,7 @@ def _check_ranks(config: dict[str, Any], adapter: Path) -> None:
     ranks = [
         config.get("r"),
         *(patterns.values() if isinstance(patterns, dict) else []),
-        config.get("num_virtual_tokens"),
+        *(config.get(key) for key in ("init_r", "target_r", "num_virtual_tokens")),
     ]
     for rank in ranks:
         if rank is not None and not (type(rank) is int and 0 < rank <= largest):

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from .hub import CONFIGS, TEXTS, local_folder
 from .json_file import read_json
-from .model_config import CONFIG, TRUST, check_made, check_model_config, drop_code, one_line, read_model_config
+from .model_config import CONFIG, TRUST, check_made, check_tokenizer_numbers, drop_code, one_line, read_model_config
 from .model_folder import check_files
 from .safetensors_folder import Shard, read_shards
 
@@ -32,30 +33,30 @@ def config_of(
     folder: str | Path, what: str, *, trust_remote_code: bool = False, todo: str = TRUST, **options: Any
 ) -> PretrainedConfig:
     """The config of a folder, a config.json or a Hub id; ValueError, of `what`, for one that cannot be, or that needs code."""
-    path, trusted = Path(folder), {"trust_remote_code": trust_remote_code}
-    if path.exists():
-        check_files(path, what)
-        read_model_config(path, what, todo=todo, **trusted)
-    else:
-        check_model_config(PretrainedConfig.get_config_dict(str(folder))[0], what, todo=todo, **trusted)
+    path = local_folder(folder, what, CONFIGS, trust_remote_code=trust_remote_code)
+    check_files(path, what)
+    read_model_config(path, what, todo=todo, trust_remote_code=trust_remote_code)
     with one_line(f"{what}: config.json makes no model"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     check_made(config, what)
+    # Not that of the machine it was saved on, which need not be had here.
+    config._attn_implementation = options.get("attn_implementation")
     return config if trust_remote_code else drop_code(config)
 
 
 def tokenizer_of(folder: str | Path, what: str, *, trust_remote_code: bool = False, todo: str = TRUST) -> Any:
     """The tokenizer of a folder or a Hub id; ValueError, of `what`, for one that cannot be read, or that needs code."""
-    path, code = Path(folder), None
-    if path.exists():
-        check_files(path, what)
-        if (path / CONFIG).is_file():  # transformers looks there too
-            read_model_config(path, what, trust_remote_code=trust_remote_code, todo=todo)
-        if (path / "tokenizer_config.json").is_file():
-            code = read_json(path / "tokenizer_config.json", what).get("auto_map")
+    path, code = local_folder(folder, what, TEXTS, trust_remote_code=trust_remote_code), None
+    check_files(path, what)
+    if (path / CONFIG).is_file():  # transformers looks there too
+        read_model_config(path, what, trust_remote_code=trust_remote_code, todo=todo)
+    if (path / "tokenizer_config.json").is_file():
+        saved = read_json(path / "tokenizer_config.json", what)
+        check_tokenizer_numbers(saved, what)
+        code = saved.get("auto_map")
     try:
         with one_line(f"{what}: its tokenizer cannot be read"):
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if "trust_remote_code" not in f"{error} {error.__cause__}":  # `one_line` cuts what transformers says
             raise
@@ -81,12 +82,16 @@ def model_of(folder: str | Path, what: str, *, trust_remote_code: bool = False, 
 
 def weights_of(folder: str | Path, what: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """`model_of` for a folder that was checked before: under ZeRO-3 a model cannot be made on the meta device to compare."""
+    path = local_folder(folder, what, trust_remote_code=trust_remote_code)
+    check_files(path, what)
+    options["config"] = config_of(path, what, trust_remote_code=trust_remote_code)  # which names no kernel
     with one_line(f"{what}: cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+            path, output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code, **options
         )
     model, loading = loaded
     check_loaded(loading, what)
+    model.name_or_path = model.config._name_or_path = str(folder)  # an adapter names it, and not a place in the cache
     if not trust_remote_code:
         drop_code(model.config)
     return model
@@ -109,10 +114,10 @@ def check_loaded(loading: Mapping[str, Any], what: str) -> None:
 
 
 def check_weights(folder: str | Path, what: str, *, trust_remote_code: bool = False) -> None:
-    """ValueError, of `what`, where config.json and the stored tensors of a local folder are not of one model. Takes no memory."""
-    if Path(folder).is_dir():
-        config = config_of(folder, what, trust_remote_code=trust_remote_code)
-        skeleton(config, what, read_shards(Path(folder), what), trust_remote_code=trust_remote_code, more_rows=False)
+    """ValueError, of `what`, where config.json and the stored tensors are not of one model. Takes no memory."""
+    path = local_folder(folder, what, trust_remote_code=trust_remote_code)
+    config = config_of(path, what, trust_remote_code=trust_remote_code)
+    skeleton(config, what, read_shards(path, what), trust_remote_code=trust_remote_code, more_rows=False)
 
 
 def skeleton(

@@ -24,9 +24,12 @@ _CODE = ("auto_map", "custom_generate", "custom_pipelines")
 """what names Python files of a model's own"""
 # What the keys of a config are called whose numbers count modules, and whose are a size of tensors.
 _LAYERS = re.compile(r"layers?$|^n_layer|num_hidden|depth")
-_COUNTS = re.compile(r"heads?$|experts?$|^n_head|groups?$")
+_COUNTS = re.compile(r"heads?$|experts?$|^n_head|groups?$|labels?$")
 _SIZES = re.compile(r"size|dim$|_dim_|rank|embd|inner|positions|position_embeddings|vocab|window|length|channels|width")
+_REPEATED = re.compile(r"(attention|layer|block)s?_(types?|layers)$")  # lists of how often each kind of layer comes
 _MOST_LAYERS, _MOST, _LARGEST = 1 << 10, 1 << 16, 1 << 28  # a layer is modules, which take a millisecond each to make
+# What a tokenizer makes so many tokens of, before it reads its vocabulary.
+_TOKENS = ("extra_ids", "offset", "num_madeup_words", "init_inputs")
 _AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _NO_POSITIONS = {"max_position_embeddings": -1}  # XLNet's word for any number of them
 _KERNELS = ("attn_implementation", "experts_implementation", "kernel_config")
@@ -89,21 +92,45 @@ def drop_code(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def check_sizes(section: Any, what: str) -> None:
-    """ValueError for numbers no model has."""
-    if isinstance(section, list):
+def check_sizes(section: Any, what: str, key: str = "") -> None:
+    """ValueError for numbers no model has. key: under which the section stands."""
+    if isinstance(section, dict):
+        for name, value in section.items():
+            _check_repeats(value, what, name)
+            check_sizes(value, what, name)
+    elif isinstance(section, list):
         for value in section:
-            check_sizes(value, what)
-    if not isinstance(section, dict):
-        return
-    for key, value in section.items():
-        if isinstance(value, dict | list):
-            check_sizes(value, what)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            limits = ((_LAYERS, _MOST_LAYERS), (_COUNTS, _MOST), (_SIZES, _LARGEST))
-            most = next((limit for names, limit in limits if names.search(key)), None)
-            if most is not None and not -1 <= value <= most:
-                raise ValueError(f"{what} says {key[:60]}={value}, which no model has (at most {most}); mend it")
+            if type(value) is int and abs(value) > _LARGEST:
+                raise _no_model(what, key, value, _LARGEST)
+            check_sizes(value, what, key)
+    elif isinstance(section, int | float) and not isinstance(section, bool):
+        limits = ((_LAYERS, _MOST_LAYERS), (_COUNTS, _MOST), (_SIZES, _LARGEST))
+        most = next((limit for names, limit in limits if names.search(key)), None)
+        if most is not None and not -1 <= section <= most:
+            raise _no_model(what, key, section, most)
+
+
+def _check_repeats(value: Any, what: str, key: str) -> None:
+    """GPT-Neo's attention_types [[["global", "local"], 12]] become a list of 24 layers before anybody counts them."""
+    if isinstance(value, list) and _REPEATED.search(key):
+        pairs = [item[1] for item in value if isinstance(item, list) and len(item) == 2 and type(item[1]) is int]
+        if sum(pairs) > _MOST_LAYERS:
+            raise _no_model(what, key, sum(pairs), _MOST_LAYERS)
+
+
+def check_tokenizer_numbers(config: Mapping[str, Any], what: str) -> None:
+    """ValueError for a tokenizer_config.json that asks for more tokens of its own than any has."""
+    for key in _TOKENS:
+        values = config.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int | float) and not 0 <= value <= _MOST:
+                raise ValueError(
+                    f"{what}: tokenizer_config.json says {key}={value}, which no tokenizer has (at most {_MOST}); mend it"
+                )
+
+
+def _no_model(what: str, key: str, value: float, most: int) -> ValueError:
+    return ValueError(f"{what} says {key[:60]}={str(value)[:40]}, which no model has (at most {most}); mend it")
 
 
 def check_made(config: PretrainedConfig, what: str) -> None:

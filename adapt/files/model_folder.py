@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
+import yaml
 
 from .json_file import read_json
 
@@ -63,16 +64,17 @@ def check_model_folder(folder: str | Path, setting: str = "checkpoint") -> None:
         raise ValueError(f"{setting}={folder}: not a model folder (no config.json in it)")
 
 
+_CARD = 1 << 20  # characters of a model card in which its metadata end
+_METADATA = re.compile(r"\s*---\n([\S\s]*?)\n---[ \t]*(?:\n|$)")
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*", "*.py")
-"""what is read of a model folder besides its licences"""
+"""what is read of every model folder besides its licences; a tokenizer's class may read files of any other name"""
+_NOT_READ = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".pdf", ".png", ".jpg", ".pt", ".pth"}
 
 
 def check_files(folder: Path, what: str) -> None:
     """ValueError, of `what`, where a file that would be read is none, or a link to somewhere else: it would be copied on from there."""
-    for path in sorted({path for pattern in _READ for path in folder.glob(pattern)} if folder.is_dir() else ()):
-        if path.name in LICENCES:
-            continue  # `copy_extras` leaves them out
+    for path in _readable(folder):
         name = path.relative_to(folder)
         if not _lies_in(folder, path):
             raise ValueError(
@@ -88,21 +90,40 @@ def check_files(folder: Path, what: str) -> None:
         )
 
 
+def _readable(folder: Path) -> list[Path]:
+    """What a library could read of the folder: all but documents, weights of kinds that we do not read, and what is not there."""
+    if not folder.is_dir():
+        return []
+    usual = {path for pattern in _READ for path in folder.glob(pattern)}
+    others = {
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() not in _NOT_READ and path.exists() and not path.is_dir()
+    }
+    return sorted(path for path in usual | others if path.name not in LICENCES)  # which `copy_extras` leaves out
+
+
 def _lies_in(folder: Path, path: Path) -> bool:
     """Whether a file of the folder is in it, or in the `blobs` of its repository, where the Hub's cache keeps all files."""
     home, target = folder.resolve(), path.resolve()
-    return home in target.parents or (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs")
+    blobs = (home.parent.parent / "blobs").resolve()  # may be a link to a larger disk
+    return home in target.parents or (home.parent.name == "snapshots" and target.parent == blobs)
 
 
 def licence_named(folder: Path) -> str | None:
     """The licence that the folder's model card (README.md) names in its metadata; None where it names none."""
-    from huggingface_hub import metadata_load
-
-    try:
-        found = (metadata_load(folder / "README.md") or {}).get("license")
-    except (OSError, ValueError, YAMLError):  # no card, or no metadata in it
+    path = folder / "README.md"
+    if not path.is_file() or not _lies_in(folder, path):  # a pipe or a device would be read for ever
         return None
-    return found if isinstance(found, str) else None
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            block = _METADATA.match(file.read(_CARD))
+        found = yaml.safe_load(block[1]) if block else None
+    # What the parser raises for deep nesting, and for numbers and dates that are none.
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, yaml.YAMLError):
+        return None
+    named = found.get("license") if isinstance(found, dict) else None
+    return named if isinstance(named, str) and len(named) < 200 else None
 
 
 def copy_json(source: Path, out: Path, what: str) -> None:
@@ -124,5 +145,5 @@ def copy_extras(source: Path, out: Path, *, trust_remote_code: bool) -> None:
         if wanted and path.is_file() and _lies_in(source, path):
             shutil.copyfile(path, out / path.name)
         # The card itself says things that are not true of a model that is made of this one.
-        if path.name == "README.md" and path.is_file() and _lies_in(source, path) and (named := licence_named(source)):
+        if path.name == "README.md" and (named := licence_named(source)):
             (out / "README.md").write_text(f"---\nlicense: {json.dumps(named)}\n---\n", encoding="utf-8")

@@ -107,7 +107,7 @@ def model_config(recipe: Recipe, path: Path | None, recipes: list[Path] | None =
         if path is not None:
             reason = str(error).removeprefix(f"{what}: ")
             raise ValueError(f"{what}: is no model's config.json; give one, such as {example} ({reason})") from error
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and "no such folder here" not in str(error):
             raise
         raise ValueError(
             f"model.base={base}: its config.json cannot be had here; give one with --model_config, such as {example}"

@@ -45,6 +45,20 @@ SIZES: dict[str, tuple[Callable[[Path], None], str]] = {
     }.items()
     for to in values
 }
+SIZES |= {
+    f"{key}={to}": (config(key, to), key)
+    for key, to in [
+        ("num_labels", 10**9),
+        ("num_labels", 3 * 10**7),
+        ("attention_types", [[["global"], 10**8]]),
+        ("attention_types", [[["global"], 1000]] * 9),
+        ("hidden_sizes", [10**12]),
+    ]
+}
+TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    f"{key}={to}": (edited("tokenizer_config.json", key, to=to), f"tokenizer_config.json says {key}")
+    for key, to in [("extra_ids", 10**9), ("offset", 10**9), ("offset", -5), ("init_inputs", ["a", 10**9])]
+}
 TYPES: dict[str, tuple[Callable[[Path], None], str]] = {
     **{f"hidden_size={to!r}": (config("hidden_size", to), "") for to in ("32", [32], {"a": 1}, None, 32.5)},
     **{f"num_hidden_layers={to!r}": (config("num_hidden_layers", to), "") for to in ("two", [2], None)},
@@ -98,9 +112,9 @@ OF_SLOW = (
     ),
     *("fewer layers than are stored", "more layers than are stored", "another vocabulary", "a tensor of another model"),
 )
-ALL = SIZES | TYPES | WEIGHTS
+ALL = SIZES | TYPES | WEIGHTS | TOKENIZERS
 ROWS = [
-    *((call, name) for name in ALL for call in QUICK if not (call.startswith("plan") and name in WEIGHTS)),
+    *((call, name) for name in ALL for call in QUICK if not (call.startswith("plan") and name in WEIGHTS | TOKENIZERS)),
     *((call, name) for name in OF_SLOW for call in SLOW),
     *(("lm_eval", name) for name in OF_SLOW[:2]),  # it reads thousands of tasks first
 ]
@@ -190,10 +204,10 @@ def adapter(whole_yard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("to", [2**40, 0, -1, math.nan, "8", [8], True, 1000])
-@pytest.mark.parametrize("key", ["r", "rank_pattern"])
+@pytest.mark.parametrize("key", ["r", "init_r", "rank_pattern"])
 def test_an_adapter_of_an_absurd_rank_is_refused(yard: Path, adapter: Path, key: str, to: Any) -> None:
     shutil.copytree(adapter, yard / "adapter")
-    edited("adapter_config.json", key, to=to if key == "r" else {"q_proj": to})(yard / "adapter")
+    edited("adapter_config.json", key, to={"q_proj": to} if key == "rank_pattern" else to)(yard / "adapter")
     attack(yard, ["generate", "checkpoint", "--prompt", "cat", "--adapter", "adapter"], "adapter=adapter")
 
 
