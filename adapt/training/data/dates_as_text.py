@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.json
+import pyarrow.json as _json  # pyright: ignore[reportMissingImports]
 
 
 @contextmanager
@@ -21,20 +21,20 @@ def dates_as_text() -> Iterator[None]:
     """Inside, the JSON reader of `datasets` leaves text as it stands."""
     reader: Any = importlib.import_module("datasets.packaged_modules.json.json")
     before = reader.paj
-    reader.paj = SimpleNamespace(**{**vars(pa.json), "read_json": _read_json})
+    reader.paj = SimpleNamespace(**{**vars(_json), "read_json": _read_json})
     try:
         yield
     finally:
         reader.paj = before
 
 
-def _read_json(source: Any, read_options: pa.json.ReadOptions) -> pa.Table:
-    table = pa.json.read_json(source, read_options=read_options)
+def _read_json(source: Any, read_options: Any) -> pa.Table:
+    table = _json.read_json(source, read_options=read_options)
     dates = [field.with_type(_as_text(field.type)) for field in table.schema if field.type != _as_text(field.type)]
     if not dates:
         return table
     source.seek(0)
-    return pa.json.read_json(source, read_options, pa.json.ParseOptions(explicit_schema=pa.schema(dates)))
+    return _json.read_json(source, read_options, _json.ParseOptions(explicit_schema=pa.schema(dates)))
 
 
 def _as_text(kind: pa.DataType) -> pa.DataType:
