@@ -26,6 +26,7 @@ from adapt.files import marks
 from adapt.files.outputs import check_folder, locked
 from adapt.files.user_text import user_json
 from adapt.settings.bounds import Minutes, Seed
+from adapt.training.checkpoints.run_folder import check_adoptable
 
 from . import budget
 from .arms import outcome, train
@@ -131,7 +132,7 @@ def quickstart(out: Path, *, fast: bool = False, minutes: float = 20.0, seed: in
 def _kept_plan(out: Path, settings: dict) -> Plan | None:
     """The plan that a quickstart in `out` made; ValueError if it was one with other settings, whose parts cannot be reused, or if
     there is something in the way that no quickstart wrote."""
-    marks.check_adoptable(out, "out")
+    check_adoptable(out, "out")
     marks.check_ours(out, (*_MADE, _PLAN), "out")
     marks.adopt(out)
     if not (out / _PLAN).is_file():
