@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, WINDOW, build_model, build_tokenizer, config_of, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -435,3 +436,18 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(base_folder, tmp
         _tensors(out)["model.layers.0.self_attn.q_proj.weight"], model.model.layers[0].self_attn.q_proj.weight
     )
     assert not (out / weights.INDEX).exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none_in_rows_that_the_probe_does_not_read_are_refused(
+    base_folder, tmp_path, dtype: str | None, value: float
+) -> None:
+    base = shutil.copytree(base_folder("gpt2"), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("wpe.weight"))
+    weights[name][100] = value
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"base=.*{name} has NaN or infinity in it"):
+        convert(base, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()

@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 
 from .. import progress
+from ..files.finite import first_not_finite
+from ..files.loading import OLD_BUFFERS
 from ..files.safetensors_folder import INDEX, SINGLE, Shard, read_shards
 from .background import Written, beside
 from .embedding_rows import NewRows
-from .tensor_streams import PIECE, copy_bytes, num_threads, rewrite_tensor
+from .tensor_streams import PIECE, copy_bytes, not_finite, num_threads, rewrite_tensor
 from .weight_plan import plan_of
 
 _SAMPLE = 4096  # bytes
@@ -56,7 +58,7 @@ class Copy:
         """Inside, the files are written, to become `out`: (where each tensor can be read, whether it is written or not; what is done
         when all are).
 
-        Raises ValueError for embeddings with NaN or infinity in them, for weights that do not fit into float16, and for what was
+        Raises ValueError for weights with NaN or infinity in them, for weights that do not fit into float16, and for what was
         not written as planned; OSError of the disk.
         """
         self._make_files()
@@ -107,8 +109,20 @@ class Copy:
                     for at, step in copy_bytes(read, write, source, target, size):
                         task.update(step)
                         yield Written(path, at, step)
+            self._check_finite(name)  # while the pages of what was read are still in memory
         if SINGLE not in self._plans:
             self._write_index()
+
+    def _check_finite(self, name: str) -> None:
+        """ValueError for NaN or infinity in what was copied as it is; `rewrite_tensor` looks at the rest."""
+        plan = self._plans[name]
+        copied = {
+            t: tensor
+            for t, tensor in plan.source.tensors.items()
+            if t not in plan.changed and not OLD_BUFFERS.search(t)  # masks may be of -inf, and nothing reads them
+        }
+        if tensor := first_not_finite(replace(plan.source, tensors=copied)):
+            raise not_finite(plan.source.path, tensor)
 
     def _as_they_are(self, name: str) -> Iterator[tuple[int, int, int]]:
         """(where in the source's file, where in ours, bytes): all of it, or the tensors that do not change."""

@@ -53,14 +53,14 @@ def rewrite_tensor(
         chunk = buffer[: num_old - first]
         if not _read_all(read, bytes_of(chunk)):
             raise _became_shorter(read)
+        if chunk.numel() and not torch.stack(chunk.aminmax()).isfinite().all():
+            raise not_finite(read.name, name)
         if rows is not None:
             total += in_float32[: len(chunk)].copy_(chunk).sum(0)
         _write_all(write, bytes_of(_cast(chunk, to_dtype, name)))
     if rows is None:
         return
     mean = total / num_old
-    if not mean.isfinite().all():
-        raise ValueError(f"base={read.name}: {name} has NaN or infinity in it; mend the model, or download it again")
     noisy = mean
     if rows.std and len(old["shape"]) > 1:
         key = int.from_bytes(hashlib.sha256(f"{rows.seed}/{name}".encode()).digest()[:7], "little")
@@ -71,6 +71,11 @@ def rewrite_tensor(
     write.seek(begin + rows.mask_row * width * to_dtype.itemsize)
     _write_all(write, bytes_of(_cast(noisy, to_dtype, name)))
     write.seek(end)
+
+
+def not_finite(path: Any, name: str) -> ValueError:
+    """What is said of a tensor with NaN or infinity in it."""
+    return ValueError(f"base={path}: {name} has NaN or infinity in it; mend the model, or download it again")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -24,7 +24,7 @@ from .safetensors_folder import Shard, read_shards
 _BUFFERS = 1 << 30  # bytes; the largest of a real model are some 100 MB of positions
 _MORE_THAN_STORED = 2  # times the stored numbers; tied weights and merged experts stay below
 # Buffers that old checkpoints store, and that no model of today reads: causal masks, rotary frequencies, positions.
-_OLD_BUFFERS = re.compile(
+OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(masked_)?bias$|causal_mask$|rotary(_pos)?_emb\.inv_freq$|(^|\.)position_ids$"
 )
 
@@ -105,7 +105,7 @@ def check_loaded(loading: Mapping[str, Any], what: str) -> None:
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if missing:
         raise ValueError(f"{what}: no weights for {', '.join(missing[:3])}; it is not complete, or not of this model")
-    unexpected = sorted(key for key in loading.get("unexpected_keys") or () if not _OLD_BUFFERS.search(key))
+    unexpected = sorted(key for key in loading.get("unexpected_keys") or () if not OLD_BUFFERS.search(key))
     if unexpected:
         raise ValueError(
             f"{what}: holds weights that its config.json has no place for ({', '.join(unexpected[:3])}); wrong config.json, or "
