@@ -236,7 +236,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(folder, capsys, arguments, said):
         ("other tokenizer", "the tokenizer's mask token has the id None"),
         (
             "nobody/nothing-of-that-name",
-            "checkpoint=nobody/nothing-of-that-name: no such folder here, and the Hub does not",
+            "checkpoint=nobody/nothing-of-that-name: no such folder here, and the Hub cannot be asked",
         ),
     ],
 )

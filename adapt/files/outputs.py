@@ -47,6 +47,16 @@ def check_folder(out: str | Path, setting: str) -> Path:
     return path
 
 
+def check_adoptable(folder: Path, setting: str) -> None:
+    """ValueError, of `setting`, for a link, and for a folder with something of another's where our mark belongs."""
+    if folder.is_symlink():
+        raise ValueError(f"{setting}={folder}: is a link to {os.readlink(folder)}; give that folder itself")
+    if os.path.lexists(folder / marks.MARK) and marks.mark_of(folder) is None:
+        raise ValueError(
+            f"{setting}={folder}: {marks.MARK} there is not of this run; move it, or choose another folder"
+        )
+
+
 def check_file(out: str | Path, setting: str) -> Path:
     """The path of a file that can be written, in a folder that exists; ValueError for what is there and no ordinary file."""
     path = _path(out, setting)

@@ -23,10 +23,9 @@ from adapt import progress
 from adapt.arguments import CommandParser
 from adapt.decoding.settings import SamplerConfig
 from adapt.files import marks
-from adapt.files.outputs import check_folder, locked
+from adapt.files.outputs import check_adoptable, check_folder, locked
 from adapt.files.user_text import user_json
 from adapt.settings.bounds import Minutes, Seed
-from adapt.training.checkpoints.run_folder import check_adoptable
 
 from . import budget
 from .arms import outcome, train

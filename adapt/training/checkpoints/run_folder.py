@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import marks
-from ...files.outputs import check_folder, locked
+from ...files.outputs import check_adoptable, check_folder, locked
 from ...files.user_text import MOST_YAML, plain_yaml
 from ..recipe import Recipe
 from .seal import COMPLETE
@@ -34,16 +34,6 @@ def check_run_folder(output_dir: str) -> Path:
     check_adoptable(folder, setting)
     marks.check_ours(folder, (CONFIG, VERSIONS, *_GROWING), setting)
     return folder
-
-
-def check_adoptable(folder: Path, setting: str) -> None:
-    """ValueError, of `setting`, for a link, and for a folder with something of another's where our mark belongs."""
-    if folder.is_symlink():
-        raise ValueError(f"{setting}={folder}: is a link to {os.readlink(folder)}; give that folder itself")
-    if os.path.lexists(folder / marks.MARK) and marks.mark_of(folder) is None:
-        raise ValueError(
-            f"{setting}={folder}: {marks.MARK} there is not of this run; move it, or choose another folder"
-        )
 
 
 def check_nothing_in_the_way(output_dir: Path) -> None:
