@@ -19,6 +19,21 @@ DTYPE_NAMES = ("bfloat16", "float16", "float32")
 FORMAT_VERSION = 1
 
 
+def check_attention(
+    attention: str | None, block_size: int | None, clean_context: str | None, section: str = ""
+) -> None:
+    """ValueError unless the three settings, called `section` and their name, go together; attention None = a checkpoint's own."""
+    if attention is not None:
+        one_of(f"{section}attention", attention, ATTENTIONS)
+    if clean_context is not None:
+        one_of(f"{section}clean_context", clean_context, CLEAN_CONTEXTS)
+    for name, value in (("block_size", block_size), ("clean_context", clean_context)):
+        if value is not None and attention != "block":
+            raise ValueError(f"{section}{name}={value}: belongs to {section}attention=block; set that, or leave it out")
+    if attention == "block" and block_size is None:
+        raise ValueError(f"{section}block_size=None: {section}attention=block needs one; try 16 or 32")
+
+
 @dataclass(frozen=True)
 class DiffusionSpec:
     """The `diffusion` section of config.json: what the weights were trained to be. ValueError where not valid."""
@@ -46,10 +61,8 @@ class DiffusionSpec:
             raise ValueError(
                 f"diffusion.format_version={self.format_version}: this version reads {FORMAT_VERSION}; update adapt-dlm"
             )
-        one_of("diffusion.attention", self.attention, ATTENTIONS)
+        check_attention(self.attention, self.block_size, self.clean_context, "diffusion.")
         if self.attention == "block":
-            if self.block_size is None:
-                raise ValueError("diffusion.block_size=None: block attention needs one of at least 1; try 32")
             one_of("diffusion.clean_context", self.clean_context, CLEAN_CONTEXTS)
         one_of("diffusion.noise", self.noise, NOISES)
         if (self.p_uniform is None) == (self.noise == "hybrid"):

@@ -375,7 +375,7 @@ def test_a_base_that_cannot_be_converted_is_refused_in_one_line(base_folder, tmp
 
 
 REFUSED_OPTIONS = [
-    (["--attention", "block"], "block_size=None: attention=block needs one of at least 1; try 16 or 32"),
+    (["--attention", "block"], "block_size=None: attention=block needs one; try 16 or 32"),
     (["--attention", "block", "--block_size", "0"], "block_size=0: must be from 1 to"),
     (
         ["--attention", "block", "--block_size", "4", "--clean_context", "full"],

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 
 from ..files.outputs import check_new_folder
 from ..settings.bounds import Bounds, Seed, Share, Tokens, check_value, one_of
-from ..spec import ATTENTIONS, CLEAN_CONTEXTS, DTYPE_NAMES, NOISES
+from ..spec import DTYPE_NAMES, NOISES, check_attention
 
 
 class Settings(TypedDict):
@@ -37,14 +37,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         check_value(name, value, SETTINGS[name])
     attention, block_size, clean_context = (settings[name] for name in ("attention", "block_size", "clean_context"))
-    one_of("attention", attention, ATTENTIONS)
     one_of("noise", settings.get("noise", NOISES[0]), NOISES)
-    for name, value in (("block_size", block_size), ("clean_context", clean_context)):
-        if value is not None and attention != "block":
-            raise ValueError(f"{name}={value}: belongs to attention=block, but attention={attention}; leave it out")
-    if attention == "block" and block_size is None:
-        raise ValueError("block_size=None: attention=block needs one of at least 1; try 16 or 32")
-    if clean_context is not None:
-        one_of("clean_context", clean_context, CLEAN_CONTEXTS)
+    check_attention(attention, block_size, clean_context)
     if settings["dtype"] is not None:
         one_of("dtype", settings["dtype"], DTYPE_NAMES)

@@ -18,10 +18,9 @@ from ..arguments import wait_for_rank_zero
 from ..files.model_folder import check_model_folder
 from ..files.user_text import check_user_file
 from ..settings.bounds import one_of
+from .data.file_names import LOADERS, check_names, named_files, suffix_of
 from .engine.ds_config import read_ds_config
 from .recipe import Recipe, parse_recipe
-
-_KINDS = (".json", ".jsonl", ".parquet", ".txt")
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> int:
     try:
         recipe = parse_recipe(argv, __doc__)
         if not os.path.exists(f"{recipe.training.output_dir}/model"):  # a run that is finished reads nothing more
-            check_names(recipe)
+            check_named(recipe)
     except ValueError:
         wait_for_rank_zero()
         raise
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int:
     return run(recipe)
 
 
-def check_names(recipe: Recipe) -> None:
+def check_named(recipe: Recipe) -> None:
     """ValueError for what a recipe names and what is not there."""
     if recipe.model.base.endswith(".gguf"):
         check_user_file(Path(recipe.model.base), "model.base", "a GGUF file, a model's folder or a Hub id")
@@ -50,9 +49,9 @@ def check_names(recipe: Recipe) -> None:
     ):
         if known := _names_of(file, enum):
             one_of(f"training.{setting}", name, known)
-    _check_data("data.train", recipe.data.train)
-    if isinstance(recipe.data.eval, (str, list)):
-        _check_data("data.eval", recipe.data.eval)
+    for setting, named in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        if isinstance(named, str | list):  # what looks like a dataset of the Hub is not looked for yet
+            check_names([name for name in named_files(named) if suffix_of(name) in LOADERS], setting)
     if recipe.training.deepspeed is not None:
         read_ds_config(recipe.training.deepspeed)
 
@@ -65,11 +64,3 @@ def _names_of(file: str, enum: str) -> list[str]:
         return []  # the run itself asks transformers again
     body = re.search(rf"^class {enum}\(.*?(?=^\S)", source.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return sorted(set(re.findall(r"^    [A-Z]\w* = \"(\w+)\"", body[0], re.MULTILINE))) if body else []
-
-
-def _check_data(setting: str, named: str | list[str]) -> None:
-    """What looks like a file is one; a dataset of the Hub passes."""
-    for name in [named] if isinstance(named, str) else named:
-        if name.removesuffix(".gz").lower().endswith(_KINDS) and not Path(name).is_file():
-            what = "is a folder" if Path(name).is_dir() else "no such file"
-            raise ValueError(f"{setting}={name}: {what}; give json, jsonl, parquet or txt, or a Hub dataset id")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..settings.bounds import Bounds, Tokens, check_settings, one_of
-from ..spec import ATTENTIONS, CLEAN_CONTEXTS
+from ..spec import check_attention
 
 _Rank = Annotated[int, Bounds(1, 2**16)]
 
@@ -57,23 +57,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "model")
-        if self.attention is not None:
-            one_of("model.attention", self.attention, ATTENTIONS)
-        if (self.block_size is None) == (self.attention == "block"):
-            raise ValueError(
-                f"model.block_size={self.block_size}: "
-                + (
-                    "model.attention=block needs one; try 16 or 32"
-                    if self.attention == "block"
-                    else "belongs to model.attention=block; set that, or leave it out"
-                )
-            )
-        if self.clean_context is not None:
-            one_of("model.clean_context", self.clean_context, CLEAN_CONTEXTS)
-            if self.attention != "block":
-                raise ValueError(
-                    f"model.clean_context={self.clean_context}: belongs to model.attention=block; leave it out"
-                )
+        check_attention(self.attention, self.block_size, self.clean_context, "model.")
         if self.attn_implementation is not None:
             kernels = ("eager", "flex_attention", "sdpa", "sdpa_pieces")
             one_of("model.attn_implementation", self.attn_implementation, kernels)

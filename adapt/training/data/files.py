@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,17 @@ from ... import progress
 from ...files.provenance import whole_files
 from ..sections import DataConfig
 from .dates_as_text import dates_as_text
+from .file_names import LOADERS, check_names, named_files, suffix_of
 from .rows import check_json, first_bad_row
 
 _LOG = logging.getLogger("datasets.packaged_modules.json.json")
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def read(config: DataConfig) -> Dataset:
     """The rows of the files, or of the Hub dataset, that config.train names, as they are; ValueError where they cannot be read."""
     files = named_files(config.train)
-    suffixes = {_suffix(file) for file in files}
-    local = suffixes & set(_LOADERS) or any(Path(file).exists() for file in files)
+    suffixes = {suffix_of(file) for file in files}
+    local = suffixes & set(LOADERS) or any(Path(file).exists() for file in files)
     if not local:
         if len(files) != 1:
             raise ValueError(f"data.train={config.train}: several Hub datasets; give one, or files")
@@ -43,13 +41,13 @@ def read(config: DataConfig) -> Dataset:
                 f"data.train={files[0]}: neither a file nor a dataset that the Hub gives us: {error}"
             ) from error
     check_names(files)
-    if len(suffixes) > 1 or not suffixes <= set(_LOADERS):
+    if len(suffixes) > 1 or not suffixes <= set(LOADERS):
         raise ValueError(
-            f"data.train={config.train}: files of one kind only, out of {', '.join(sorted(_LOADERS))} (also .gz)"
+            f"data.train={config.train}: files of one kind only, out of {', '.join(sorted(LOADERS))} (also .gz)"
         )
     if all(Path(file).stat().st_size == 0 for file in files):
         raise ValueError(f"data.train={config.train}: is empty, nothing to train on; give files with rows in them")
-    loader = _LOADERS[suffixes.pop()]
+    loader = LOADERS[suffixes.pop()]
     options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
     if loader == "json" and progress.is_main():
         for file in files:
@@ -70,44 +68,6 @@ def read(config: DataConfig) -> Dataset:
         raise ValueError(
             f"data.train={config.train}: cannot be read as {loader}: {reason[:200]}; mend the file"
         ) from error
-
-
-def _suffix(file: str) -> str:
-    suffixes = Path(file).suffixes
-    return (suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])).lower()
-
-
-def named_files(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def check_names(names: list[str]) -> None:
-    """ValueError unless each is an ordinary file that can be opened, under a name that `datasets` can read."""
-    for name in names:
-        setting = f"data.train={name}"
-        try:
-            mode = Path(name).stat().st_mode
-        except (OSError, ValueError):
-            raise ValueError(
-                f"{setting}: no such file; give json, jsonl, parquet or txt, or a Hub dataset id"
-                + (" (a pattern is not looked up: name each file)" if glob.has_magic(name) else "")
-            ) from None
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device, which can be read only once"
-            raise ValueError(f"{setting}: is {kind}; give files")
-        if "::" in name or "://" in name:
-            raise ValueError(f"{setting}: a name with :: or :// is another place to `datasets`; rename the file")
-        if os.path.expandvars(os.path.abspath(name)) != os.path.abspath(name):
-            raise ValueError(f"{setting}: `datasets` puts a variable's value into this name; rename the file")
-        if name.lower().endswith(".gz") and set(os.path.abspath(name)) & set("*?[]#"):
-            raise ValueError(f"{setting}: `datasets` cannot unpack a file with one of * ? [ ] # in its path; rename it")
-        try:
-            name.encode()
-            with Path(name).open("rb"):
-                pass
-        except (OSError, UnicodeEncodeError) as error:
-            reason = getattr(error, "strerror", None) or "its name is not UTF-8"
-            raise ValueError(f"data.train={name!a}: cannot be opened ({reason})") from error
 
 
 def for_datasets(names: list[str]) -> dict[str, Any]:
