@@ -174,9 +174,10 @@ def stand_in(tmp_path: Path) -> Path:
     path = tmp_path / "stand_in.py"
     path.write_text(
         """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and hand that on
 *above, said = sys.argv[1:]
 if above and above[0] == "runner":
     command = ["deepspeed.launcher.launch", "--master_addr=127.0.0.1", said]
